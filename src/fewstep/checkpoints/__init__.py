@@ -1,0 +1,1 @@
+"""Files on disk, in diffusers' folder layout: configs, where files lie, weights."""

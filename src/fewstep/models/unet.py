@@ -1,0 +1,464 @@
+"""The conditional UNet of Stable Diffusion 1.x, 2.x, SDXL and SSD-1B, and of LCMs on them.
+
+Attribute names equal the checkpoints' keys, so a strict `load_state_dict` is the whole mapping.
+
+Shapes: B batch, C channels, H and W latent height and width, L text tokens, D text channels,
+E time-embedding channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..checkpoints.config import Config
+from ..errors import RequestError, UnsupportedConfig
+from ..outputs import Output
+from .base import Model
+from .freeu import FreeU
+from .layers import (
+    Downsample,
+    ResnetBlock,
+    TimestepEmbedding,
+    Transformer2D,
+    Upsample,
+    timestep_embedding,
+)
+
+DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
+UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
+
+
+@dataclass(frozen=True)
+class UNetConfig(Config):
+    """`config.json` of a UNet. `attention_head_dim` is, by an old misnomer, the number of heads."""
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = (
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "DownBlock2D",
+    )
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple[str, ...] = (
+        "UpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+    )
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int | tuple[int, ...] = 1280
+    transformer_layers_per_block: int | tuple[Any, ...] = 1
+    reverse_transformer_layers_per_block: tuple[Any, ...] | None = None
+    attention_head_dim: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    upcast_attention: bool | None = False
+    time_embedding_dim: int | None = None
+    time_cond_proj_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+
+    INERT: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "center_input_sample": (False,),
+        "mid_block_type": MID_BLOCKS,
+        "only_cross_attention": (False,),
+        "downsample_padding": (1,),
+        "mid_block_scale_factor": (1,),
+        "dropout": (0.0,),
+        "act_fn": ("silu", "swish"),
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "num_attention_heads": (None,),
+        "dual_cross_attention": (False,),
+        "class_embed_type": (None,),
+        "addition_embed_type": (None, "text_time"),
+        "num_class_embeds": (None,),
+        "resnet_time_scale_shift": ("default",),
+        "resnet_skip_time_act": (False,),
+        "resnet_out_scale_factor": (1.0,),
+        "time_embedding_type": ("positional",),
+        "time_embedding_act_fn": (None,),
+        "timestep_post_act": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "attention_type": ("default",),
+        "class_embeddings_concat": (False,),
+        "mid_block_only_cross_attention": (None, False),
+        "cross_attention_norm": (None,),
+        "addition_embed_type_num_heads": (64,),
+    }
+
+    def __post_init__(self) -> None:
+        for name, supported in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+            for value in getattr(self, name):
+                if value not in supported:
+                    raise UnsupportedConfig(
+                        f"{name}={value!r} is not implemented (supported: {supported})"
+                    )
+        levels = len(self.block_out_channels)
+        for name in (
+            "down_block_types",
+            "up_block_types",
+            "attention_head_dim",
+            "layers_per_block",
+            "cross_attention_dim",
+            "transformer_layers_per_block",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != levels:
+                raise UnsupportedConfig(
+                    f"{name}={value!r} must have as many entries as block_out_channels, {levels}"
+                )
+
+    def per_level(self, name: str) -> list[Any]:
+        """The value of a field for each level, whether the config holds one or a list of them."""
+        value = getattr(self, name)
+        return list(value) if isinstance(value, tuple) else [value] * len(self.block_out_channels)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all blocks of one UNet share."""
+
+    temb_channels: int
+    groups: int
+    eps: float
+    linear_projection: bool
+    upcast: bool
+
+    def resnet(self, in_channels: int, out_channels: int) -> ResnetBlock:
+        return ResnetBlock(in_channels, out_channels, self.temb_channels, self.groups, self.eps)
+
+    def attention(self, channels: int, heads: int, context_dim: int, layers: int) -> Transformer2D:
+        return Transformer2D(
+            channels, heads, context_dim, layers, self.groups, self.linear_projection, self.upcast
+        )
+
+
+class DownBlock(nn.Module):
+    """Resnets, each followed by a transformer where the level has attention; then half the size."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        in_channels: int,
+        out_channels: int,
+        attention: Sequence[tuple[int, int, int]] | None,
+        layers: int,
+        downsample: bool,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            layout.resnet(in_channels if i == 0 else out_channels, out_channels)
+            for i in range(layers)
+        )
+        if attention is not None:
+            self.attentions = nn.ModuleList(layout.attention(out_channels, *a) for a in attention)
+        self.downsamplers = nn.ModuleList([Downsample(out_channels)]) if downsample else None
+
+    def forward(self, x: Tensor, temb: Tensor, text: Tensor) -> tuple[Tensor, list[Tensor]]:
+        skips = []
+        for resnet, attention in zip(self.resnets, attentions_of(self), strict=True):
+            x = resnet(x, temb)
+            x = x if attention is None else attention(x, text)
+            skips.append(x)
+        if self.downsamplers is not None:
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """Resnet, transformer, resnet; or a single resnet (SSD-1B)."""
+
+    def __init__(
+        self, layout: Layout, channels: int, attention: tuple[int, int, int] | None
+    ) -> None:
+        super().__init__()
+        count = 1 if attention is None else 2
+        self.resnets = nn.ModuleList(layout.resnet(channels, channels) for _ in range(count))
+        if attention is not None:
+            self.attentions = nn.ModuleList([layout.attention(channels, *attention)])
+
+    def forward(self, x: Tensor, temb: Tensor, text: Tensor) -> Tensor:
+        x = self.resnets[0](x, temb)
+        if len(self.resnets) == 2:
+            x = self.resnets[1](self.attentions[0](x, text), temb)
+        return x
+
+
+class UpBlock(nn.Module):
+    """Resnets over the hidden state and a skip each, with transformers; then twice the size."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        in_channels: int,
+        skip_channels: Sequence[int],
+        out_channels: int,
+        attention: Sequence[tuple[int, int, int]] | None,
+        upsample: bool,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            layout.resnet((in_channels if i == 0 else out_channels) + skip, out_channels)
+            for i, skip in enumerate(skip_channels)
+        )
+        if attention is not None:
+            self.attentions = nn.ModuleList(layout.attention(out_channels, *a) for a in attention)
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)]) if upsample else None
+
+    def forward(
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        temb: Tensor,
+        text: Tensor,
+        freeu: FreeU | None,
+        index: int,
+    ) -> Tensor:
+        """Takes its skips off the end of `skips`."""
+        for resnet, attention in zip(self.resnets, attentions_of(self), strict=True):
+            skip = skips.pop()
+            if freeu is not None:
+                x, skip = freeu.apply(index, x, skip)
+            x = resnet(torch.cat([x, skip], dim=1), temb)
+            x = x if attention is None else attention(x, text)
+        if self.upsamplers is not None:
+            # The next skip's size, not twice this: an odd size was rounded up on the way down.
+            x = self.upsamplers[0](x, (skips[-1].shape[2], skips[-1].shape[3]))
+        return x
+
+
+def attentions_of(block: DownBlock | UpBlock) -> Iterable[nn.Module | None]:
+    """The transformer that follows each resnet of a block, or None for each."""
+    attentions = getattr(block, "attentions", None)
+    return [None] * len(block.resnets) if attentions is None else attentions
+
+
+def layers_of(value: int | Sequence[int], count: int) -> list[int]:
+    """Transformer layers behind each of `count` resnets, from one number or a list of them."""
+    layers = [value] * count if isinstance(value, int) else list(value)
+    if len(layers) != count:
+        raise UnsupportedConfig(
+            f"transformer_layers_per_block entry {value!r} must hold {count} numbers"
+        )
+    return layers
+
+
+@dataclass
+class UNet2DConditionOutput(Output):
+    """`sample` (B, C, H, W): the predicted noise, velocity or z_0."""
+
+    sample: Tensor
+
+
+class UNetEncoder(Model):
+    """Everything down to the middle of the UNet, the part that a ControlNet has too."""
+
+    def build_encoder(self, config: UNetConfig) -> Layout:
+        """Make conv_in, the embeddings, the down blocks and the mid block; returns their layout."""
+        channels = config.block_out_channels
+        temb_channels = config.time_embedding_dim or 4 * channels[0]
+        layout = Layout(
+            temb_channels,
+            config.norm_num_groups,
+            config.norm_eps,
+            config.use_linear_projection,
+            bool(config.upcast_attention),
+        )
+        heads = config.per_level("attention_head_dim")
+        context = config.per_level("cross_attention_dim")
+        depth = config.per_level("transformer_layers_per_block")
+        layers = config.per_level("layers_per_block")
+
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(
+            channels[0], temb_channels, config.time_cond_proj_dim
+        )
+        if config.addition_embed_type == "text_time":
+            if not (
+                config.projection_class_embeddings_input_dim and config.addition_time_embed_dim
+            ):
+                raise UnsupportedConfig(
+                    "addition_embed_type='text_time' needs projection_class_embeddings_input_dim "
+                    "and addition_time_embed_dim"
+                )
+            self.add_embedding = TimestepEmbedding(
+                config.projection_class_embeddings_input_dim, temb_channels
+            )
+        self.down_blocks = nn.ModuleList(
+            DownBlock(
+                layout,
+                channels[max(i - 1, 0)],
+                channels[i],
+                [(heads[i], context[i], d) for d in layers_of(depth[i], layers[i])]
+                if kind == "CrossAttnDownBlock2D"
+                else None,
+                layers[i],
+                downsample=i < len(channels) - 1,
+            )
+            for i, kind in enumerate(config.down_block_types)
+        )
+        self.mid_block: MidBlock | None = None
+        if config.mid_block_type is not None:
+            attention = None
+            if config.mid_block_type == "UNetMidBlock2DCrossAttn":
+                if not isinstance(depth[-1], int):
+                    raise UnsupportedConfig(
+                        "mid_block_type='UNetMidBlock2DCrossAttn' needs a plain number as the last "
+                        f"entry of transformer_layers_per_block, got {depth[-1]!r}"
+                    )
+                attention = (heads[-1], context[-1], depth[-1])
+            self.mid_block = MidBlock(layout, channels[-1], attention)
+        return layout
+
+    def embed(
+        self,
+        t: Tensor,
+        like: Tensor,
+        timestep_cond: Tensor | None,
+        added: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        """The time embedding (B, E) in the dtype of `like`.
+
+        `timestep_cond` (B, time_cond_proj_dim) is the guidance embedding of an LCM; `added` holds
+        SDXL's `text_embeds` (B, P) and `time_ids` (B, 6).
+        """
+        config = self.config
+        if timestep_cond is not None and self.time_embedding.cond_proj is None:
+            raise RequestError(
+                "timestep_cond was given, but this UNet has no time_cond_proj_dim: "
+                "it is not a guidance-distilled LCM; leave timestep_cond out"
+            )
+        wave = (config.flip_sin_to_cos, config.freq_shift)
+        sinusoid = timestep_embedding(t, config.block_out_channels[0], *wave)
+        temb = self.time_embedding(sinusoid.to(like.dtype), timestep_cond)
+        if config.addition_embed_type == "text_time":
+            added = added or {}
+            missing = [key for key in ("text_embeds", "time_ids") if key not in added]
+            if missing:
+                raise RequestError(
+                    f"added_cond_kwargs must hold {missing}: this UNet is conditioned on the "
+                    "pooled text and on sizes (SDXL)"
+                )
+            ids = timestep_embedding(
+                added["time_ids"].flatten(), config.addition_time_embed_dim, *wave
+            )
+            sizes = ids.reshape(len(added["text_embeds"]), -1).to(like.dtype)
+            temb = temb + self.add_embedding(
+                torch.cat([added["text_embeds"].to(like.dtype), sizes], dim=1)
+            )
+        return temb
+
+    def encode(self, x: Tensor, temb: Tensor, text: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The hidden state in front of the mid block, and the skips from the input down."""
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            x, new = block(x, temb, text)
+            skips += new
+        return x, skips
+
+
+class UNet2DConditionModel(UNetEncoder):
+    """The denoising UNet; keyword arguments are those of `config.json` (see `UNetConfig`)."""
+
+    config_class = UNetConfig
+    config: UNetConfig
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = UNetConfig.from_dict(config)
+        layout = self.build_encoder(self.config)
+        self.build_decoder(self.config, layout)
+        self.freeu: FreeU | None = None
+
+    def build_decoder(self, config: UNetConfig, layout: Layout) -> None:
+        """Make the up blocks and the output layers."""
+        channels = config.block_out_channels
+        heads = config.per_level("attention_head_dim")
+        context = config.per_level("cross_attention_dim")
+        layers = config.per_level("layers_per_block")
+        reverse = config.reverse_transformer_layers_per_block
+        depth = config.per_level("transformer_layers_per_block")
+        if reverse is not None:
+            depth = list(reversed(reverse))
+        elif any(not isinstance(d, int) for d in depth):
+            raise UnsupportedConfig(
+                "a nested transformer_layers_per_block needs reverse_transformer_layers_per_block"
+            )
+        blocks = []
+        before = channels[-1]
+        for index, kind in enumerate(config.up_block_types):
+            level = len(channels) - 1 - index
+            count = layers[level] + 1
+            # The last skip of a level comes from the block above it (or from conv_in).
+            skips = [channels[level]] * (count - 1) + [channels[max(level - 1, 0)]]
+            attention = None
+            if kind == "CrossAttnUpBlock2D":
+                attention = [
+                    (heads[level], context[level], d) for d in layers_of(depth[level], count)
+                ]
+            blocks.append(
+                UpBlock(layout, before, skips, channels[level], attention, upsample=level > 0)
+            )
+            before = channels[level]
+        self.up_blocks = nn.ModuleList(blocks)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        timestep_cond: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """The network's output at (sample, timestep).
+
+        Shapes: sample (B, C, H, W), any H and W; timestep a number or (B,); encoder_hidden_states
+        (B, L, D); timestep_cond (B, time_cond_proj_dim). The residuals of ControlNets are added to
+        the skips and to the mid block's output.
+        """
+        t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
+        temb = self.embed(t, sample, timestep_cond, added_cond_kwargs)
+        x, skips = self.encode(sample, temb, encoder_hidden_states)
+        if self.mid_block is not None:
+            x = self.mid_block(x, temb, encoder_hidden_states)
+        if down_block_additional_residuals is not None:
+            pairs = zip(skips, down_block_additional_residuals, strict=True)
+            skips = [skip + residual for skip, residual in pairs]
+        if mid_block_additional_residual is not None:
+            x = x + mid_block_additional_residual
+        for index, block in enumerate(self.up_blocks):
+            x = block(x, skips, temb, encoder_hidden_states, self.freeu, index)
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return UNet2DConditionOutput(x) if return_dict else (x,)
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """Scale skips by s and backbone features by b in the first two up blocks (FreeU)."""
+        self.freeu = FreeU(s1, s2, b1, b2)
+
+    def disable_freeu(self) -> None:
+        """Undo `enable_freeu`."""
+        self.freeu = None
