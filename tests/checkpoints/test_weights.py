@@ -247,3 +247,10 @@ def test_sizes_are_read(size: int | str, expected: int) -> None:
 def test_sizes_that_are_none_are_refused(size: int | str) -> None:
     with pytest.raises(RequestError, match="max_shard_size"):
         parse_size(size)
+
+
+def test_files_are_as_readable_as_any_new_file(tmp_path):
+    save_weights({"a": torch.zeros(2)}, tmp_path, "model")
+    (tmp_path / "other").touch()
+    (written,) = tmp_path.glob("*.safetensors")
+    assert written.stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -143,7 +143,10 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # a new file's, which safetensors would make private
         yield beside
+        beside.chmod(mode)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -1,0 +1,80 @@
+"""Prompts to embeddings, by the CLIP text encoder and tokenizer of transformers.
+
+Shapes: P prompts, L tokens (77 in Stable Diffusion), D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RequestError
+from .notices import warn_caller
+
+
+def encode_text(
+    tokenizer: Any,
+    text_encoder: Any,
+    prompts: Sequence[str],
+    *,
+    length: int | None = None,
+    clip_skip: int | None = None,
+) -> Tensor:
+    """Embeddings (P, L, D) in the text encoder's dtype and on its device.
+
+    `clip_skip` leaves out that many of the last layers. Text behind the last token is cut off with
+    a warning that quotes it.
+    """
+    layers = text_encoder.config.num_hidden_layers
+    if clip_skip is not None and not 0 <= clip_skip < layers:
+        raise RequestError(
+            f"clip_skip must lie in [0, {layers - 1}] (the text encoder has {layers} layers), "
+            f"got {clip_skip}"
+        )
+    limit = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    tokens = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=length or limit,
+        truncation=True,
+        return_tensors="pt",
+    )
+    warn_of_cut_text(tokenizer, prompts, length or limit)
+    mask = None
+    if getattr(text_encoder.config, "use_attention_mask", False):
+        mask = tokens.attention_mask.to(text_encoder.device)
+    ids = tokens.input_ids.to(text_encoder.device)
+    if clip_skip is None:
+        return text_encoder(ids, attention_mask=mask).last_hidden_state
+    hidden = text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    # transformers 5 has no inner `text_model` any more.
+    model = getattr(text_encoder, "text_model", text_encoder)
+    return model.final_layer_norm(hidden[-(clip_skip + 1)])
+
+
+def warn_of_cut_text(tokenizer: Any, prompts: Sequence[str], limit: int) -> None:
+    """Warn, quoting it, of text that `limit` tokens do not hold."""
+    whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+    cut = [tokenizer.decode(ids[limit - 1 : -1]) for ids in whole if len(ids) > limit]
+    if cut:
+        warn_caller(
+            f"the prompt is longer than the {limit} tokens that the text encoder reads; "
+            f"cut off: {', '.join(map(repr, cut))}"
+        )
+
+
+def check_prompt(name: str, prompt: Any) -> None:
+    """Raises RequestError unless `prompt` is a string or a list of at least one string."""
+    texts = prompt if isinstance(prompt, (list, tuple)) else [prompt]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise RequestError(f"{name} must be a string or a list of strings, got {prompt!r}")
+
+
+def check_embeds(name: str, embeds: Any) -> None:
+    """Raises RequestError unless `embeds` is a tensor (P, L, D)."""
+    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
+        shape = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
+        raise RequestError(f"{name} must be a tensor (prompts, tokens, channels), got {shape}")

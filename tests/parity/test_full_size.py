@@ -1,0 +1,117 @@
+"""A latent consistency model of Stable Diffusion 1.5's full size, once, against diffusers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fewstep
+
+diffusers = pytest.importorskip("diffusers")
+
+pytestmark = [pytest.mark.full_size, pytest.mark.filterwarnings("ignore")]
+
+UNET: dict[str, Any] = {  # SimianLuo/LCM_Dreamshaper_v7
+    "sample_size": 96,
+    "cross_attention_dim": 768,
+    "time_cond_proj_dim": 256,
+}
+VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
+TEXT_ENCODER: dict[str, Any] = {  # CLIP ViT-L/14
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Tensor:
+    """Random numbers that all weights are cut from, so that 4 GB of weights take 160 MB."""
+    return torch.randn(40_000_000, generator=torch.Generator().manual_seed(0)) * 0.02
+
+
+def random_weights(module: nn.Module, pool: Tensor) -> dict[str, Tensor]:
+    """Weights of a module on the meta device: matrices from `pool`, norms 1, biases 0."""
+    weights, offset = {}, 0
+    for name, value in module.state_dict().items():
+        if value.ndim < 2:
+            weights[name] = torch.full(value.shape, float(name.endswith("weight")))
+            continue
+        if offset + value.numel() > len(pool):
+            offset = offset % 9973 + 1  # another cut each time
+        weights[name] = pool[offset : offset + value.numel()].view(value.shape)
+        offset += value.numel()
+    return weights
+
+
+def twins(name: str, config: dict[str, Any], pool: Tensor) -> tuple[Any, Any]:
+    """(diffusers' network, ours) on the same weights."""
+    with torch.device("meta"):
+        networks = [getattr(library, name)(**config).eval() for library in (diffusers, fewstep)]
+    weights = random_weights(networks[0], pool)
+    for network in networks:
+        network.load_state_dict(weights, strict=True, assign=True)
+    return networks[0], networks[1]
+
+
+@torch.no_grad()
+def test_a_full_size_lcm_equals_diffusers(tokenizer: Any, pool: Tensor) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    unets, vaes = (
+        twins(name, config, pool)
+        for name, config in (("UNet2DConditionModel", UNET), ("AutoencoderKL", VAE))
+    )
+    assert sum(p.numel() for p in unets[1].parameters()) == 859_520_964 + 320 * 256
+
+    draw = torch.Generator().manual_seed(1)
+    z, text = torch.randn(1, 4, 32, 32, generator=draw), torch.randn(1, 77, 768, generator=draw)
+    w = torch.randn(1, 256, generator=draw)
+    expected, output = (unet(z, 759, text, timestep_cond=w).sample for unet in unets)
+    assert output.std() > 0.01
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+    config = CLIPTextConfig(**TEXT_ENCODER)
+    with torch.device("meta"):
+        text_encoder = CLIPTextModel(config).eval()
+    text_encoder.load_state_dict(random_weights(text_encoder, pool), assign=True)
+    for name, buffer in text_encoder.named_buffers():
+        *path, last = name.split(".")
+        owner = text_encoder.get_submodule(".".join(path))
+        setattr(owner, last, torch.arange(buffer.numel()).reshape(buffer.shape))  # position ids
+    pictures = []
+    for library, unet, vae in zip((diffusers, fewstep), unets, vaes, strict=True):
+        pipe = library.LatentConsistencyModelPipeline(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=library.LCMScheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        (picture,) = pipe(
+            "a red cat",
+            height=128,
+            width=128,
+            num_inference_steps=1,
+            generator=torch.Generator().manual_seed(2),
+        ).images
+        pictures.append(np.asarray(picture, dtype=int))
+    assert pictures[1].shape == (128, 128, 3)
+    assert pictures[1].std() > 1
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
