@@ -1,0 +1,82 @@
+"""The commands beside generate and repro: thin, so what they hand on and how they refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fewstep.cli.info import model_facts
+from fewstep.training import recipe_names, recipe_path
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["data emoji", "train", "recipes", "package", "evaluate", "info"],
+)
+def test_every_command_has_help_with_examples(command: str, run: Run) -> None:
+    code, out, _ = run(*command.split(), "--help")
+    assert code == 0
+    assert f"Usage: fewstep {command}" in out
+    assert f"  fewstep {command}" in out.partition("Examples:")[2]
+
+
+def test_recipes_lists_all_with_a_line_each(run: Run) -> None:
+    code, out, _ = run("recipes")
+    assert code == 0
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == recipe_names()
+    assert all(len(line.split()) > 4 for line in lines)
+
+
+def test_recipes_prints_one_in_full(run: Run) -> None:
+    name = recipe_names()[0]
+    assert run("recipes", name)[1] == recipe_path(name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("recipes nothing", "recipe 'nothing' is neither a shipped recipe nor a file"),
+        ("train nothing", "recipe 'nothing' is neither a shipped recipe nor a file"),
+        ("train RECIPE run.stepz=3", "unknown key 'stepz'; did you mean 'steps'?"),
+        ("train RECIPE run.steps", "'run.steps' must have the form key=value"),
+        ("data", "Missing command (see fewstep data --help)"),
+        ("data emoji", "Missing option '--output'"),
+        ("data emoji --output x --styles oil", "styles=['oil'] (have: 3d"),
+        ("package x y", "run='x' has no finished LCM"),
+        ("package x y --figures no.md", "--figures no.md: cannot be read"),
+        ("evaluate --sprites x --output y --steps 1,none", "--steps 1,none: must be numbers"),
+        ("evaluate --sprites x --output y --model SD", "is no guidance-distilled LCM; give one"),
+    ],
+)
+def test_bad_input_ends_in_one_line(command: str, words: str, run: Run, sd_folder: Path) -> None:
+    places = {"RECIPE": recipe_names()[0], "SD": str(sd_folder)}
+    code, out, error = run(*(places.get(word, word) for word in command.split()))
+    assert (code, out) == (2, "")
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert words in error
+    assert list(Path().iterdir()) == []
+
+
+def test_info_tells_versions_devices_and_the_model(run: Run) -> None:
+    code, out, _ = run("info", "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert {"fewstep", "torch", "transformers", "python"} <= set(told["versions"])
+    assert told["devices"][-1].startswith("cpu (")
+    assert told["model"]["name"] == "fewstep-emoji"
+    assert run("info")[1].startswith(f"fewstep      {told['versions']['fewstep']}\n")
+
+
+def test_the_models_figures_are_the_tables_of_its_card(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# A\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nwords\n")
+    (tmp_path / "weights").write_bytes(bytes(1_500_000))
+    facts = model_facts(tmp_path)
+    assert facts["figures"] == ["| a | b |", "|---|---|", "| 1 | 2 |"]
+    assert facts["megabytes"] == 1.5

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from PIL.PngImagePlugin import PngInfo
+
+from fewstep.cli.record import Model, Picture, Record, Source, parameters, png_text, read_record
+from fewstep.errors import RequestError
+
+MODEL = Model(
+    id="owner/model",
+    pipeline="LatentConsistencyModelImg2ImgPipeline",
+    weights="0123456789abcdef",
+    scheduler={"_class_name": "LCMScheduler", "beta_start": 0.00085},
+    variant="fp16",
+)
+PICTURE = Picture(
+    prompt='a "red" apple,\nein Äpfel 🍎',
+    seed=2**63 - 1,
+    steps=4,
+    guidance_scale=8.5,
+    width=32,
+    height=48,
+    negative_prompt="worms",
+    strength=0.6,
+    image=Source("photo.jpg", "ff" * 32),
+)
+RECORD = Record(
+    model=MODEL,
+    pictures=(PICTURE, Picture("b", 1, 2, 3.0, 32, 48)),
+    device="cpu",
+    dtype="float32",
+    threads=2,
+    versions={"fewstep": "0.1.0", "torch": "2.13.0"},
+    columns=2,
+)
+
+
+def save(file: Path, text: PngInfo | None) -> Path:
+    PIL.Image.new("RGB", (4, 4)).save(file, pnginfo=text)
+    return file
+
+
+def test_a_record_survives_its_file(tmp_path: Path) -> None:
+    assert read_record(save(tmp_path / "a.png", png_text(RECORD))) == RECORD
+
+
+def test_the_text_is_json_without_what_is_not_set(tmp_path: Path) -> None:
+    file = save(tmp_path / "a.png", png_text(RECORD))
+    with PIL.Image.open(file) as picture:
+        stored = json.loads(picture.text["fewstep"])
+    assert stored["format"] == 1
+    assert "strength" not in stored["pictures"][1]
+
+
+def test_other_programs_read_the_parameters() -> None:
+    alone = replace(RECORD, pictures=(replace(PICTURE, prompt="a red apple"),))
+    assert parameters(alone) == (
+        "a red apple\n"
+        "Negative prompt: worms\n"
+        f"Steps: 4, Sampler: LCM, CFG scale: 8.5, Seed: {2**63 - 1}, Size: 32x48, "
+        "Model hash: 0123456789, Model: model, Denoising strength: 0.6, Version: fewstep 0.1.0"
+    )
+
+
+def text(**chunks: str) -> PngInfo:
+    info = PngInfo()
+    for key, value in chunks.items():
+        info.add_itxt(key, value)
+    return info
+
+
+def damaged(**changes: object) -> PngInfo:
+    return text(fewstep=json.dumps(RECORD.to_dict() | changes))
+
+
+@pytest.mark.parametrize(
+    ("info", "words"),
+    [
+        (None, "does not say what it was drawn from"),
+        (text(parameters="Steps: 4"), "does not say what it was drawn from"),
+        (text(fewstep="no json"), "its settings are damaged"),
+        (text(fewstep="[]"), "its settings are damaged"),
+        (damaged(pictures=[]), "its settings are damaged"),
+        (damaged(pictures=[{"prompt": "x"}]), "its settings are damaged"),
+        (damaged(pictures=[{**RECORD.to_dict()["pictures"][1], "seed": "7"}]), "damaged"),
+        (damaged(surprise=1), "its settings are damaged"),
+        (damaged(format=2), "was drawn by a newer fewstep; update fewstep"),
+    ],
+)
+def test_a_file_without_a_sound_record_is_refused(
+    info: PngInfo | None, words: str, tmp_path: Path
+) -> None:
+    file = save(tmp_path / "a.png", info)
+    with pytest.raises(RequestError, match=f"^PICTURE {re.escape(str(file))}: .*{words}"):
+        read_record(file)
+
+
+def test_a_file_that_is_missing_or_no_picture_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no such file"):
+        read_record(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    with pytest.raises(RequestError, match="cannot be read as a picture"):
+        read_record(tmp_path / "a.png")
