@@ -25,6 +25,12 @@ def test_diffusion_loss_is_zero_for_the_true_target_and_weighted_otherwise():
     assert off == pytest.approx(min_snr_weight(t, SCHEDULE).mean().item(), rel=1e-5)
 
 
+def test_without_gamma_all_times_count_the_same():
+    z, noise, t = normal(4, 2, 3, 3), normal(4, 2, 3, 3, seed=1), torch.tensor([3, 99, 500, 900])
+    off = diffusion_loss(lambda z_t, t: noise + 1, z, noise, t, SCHEDULE, gamma=0)
+    assert off == pytest.approx(1, rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_means_the_same_weight_on_z0_for_every_prediction_type(kind):
     schedule = NoiseSchedule(SCHEDULE.alphas_cumprod, kind)

@@ -72,7 +72,8 @@ def compare(
     yield benchmark.ceiling_row(amounts)
     for method in listed:
         draw: Draw = method.draw
-        yield benchmark.row(f"{method.name}, guidance {method.guidance:g}", method.steps, draw, amounts)
+        name = f"{method.name}, guidance {method.guidance:g}"
+        yield benchmark.row(name, method.steps, draw, amounts)
 
 
 def report(

@@ -84,7 +84,7 @@ class TeacherPhase:
     model: Mapping[str, Any]
     scheduler: Mapping[str, Any]
     empty_captions: float = 0.1
-    min_snr: float = 5.0
+    min_snr: float = 5.0  # gamma of Min-SNR weights; 0: all times count the same
 
 
 @dataclass(frozen=True)
