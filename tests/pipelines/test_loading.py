@@ -298,8 +298,6 @@ def test_the_progress_bar_is_configured(
 
 
 def test_the_embedded_model_is_a_checkpoint_like_any_other() -> None:
-    if not (fewstep.EMBEDDED / "model_index.json").exists():
-        pytest.skip("the embedded model is not built yet")
     pipe = DiffusionPipeline.from_pretrained(fewstep.EMBEDDED)
     assert type(pipe) is LatentConsistencyModelPipeline
     pipe.set_progress_bar_config(disable=True)

@@ -12,6 +12,7 @@ from fewstep.errors import RequestError
 from fewstep.training import load_recipe, train
 from fewstep.training.package import package_model
 from fewstep.training.phases.lcm import student_of
+from fewstep.training.phases.text import sentence_embeddings
 from fewstep.training.scenes import batch_indices
 
 SPRITES = Path(__file__).parents[1] / "data" / "emoji"
@@ -121,6 +122,15 @@ def test_a_phase_killed_halfway_and_resumed_gives_the_same_weights(trained, tmp_
     run("emoji64_4_lcm", tmp_path)
     resumed = tmp_path / "lcm" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_other_captions_get_their_own_sentence_embeddings(sentence_encoder, tmp_path):
+    one = sentence_embeddings(["a red apple"], str(sentence_encoder), tmp_path)
+    other = sentence_embeddings(["on"], str(sentence_encoder), tmp_path)
+    assert not np.array_equal(one, other)
+    assert np.array_equal(
+        one, sentence_embeddings(["a red apple"], str(sentence_encoder), tmp_path)
+    )
 
 
 def test_the_stop_gradient_target_trains_too(trained, tmp_path):

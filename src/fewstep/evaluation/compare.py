@@ -21,7 +21,7 @@ Pipeline = LatentConsistencyModelPipeline | StableDiffusionPipeline
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """A pipeline at a number of steps; `few` prompts are enough for the slow ones."""
+    """A pipeline at a number of steps and a guidance scale."""
 
     name: str
     pipe: Pipeline

@@ -102,8 +102,8 @@ def encoded_scenes(recipe: Recipe, folder: Path, vae: AutoencoderKL, tokenizer: 
         sampler = sampler_of(recipe)
         z, captions = _encode(sampler, data, vae)
         folder.mkdir(parents=True, exist_ok=True)
-        _save(paths["captions"], np.array(captions))
-        _save(paths["latents"], z)
+        save_array(paths["captions"], np.array(captions))
+        save_array(paths["latents"], z)
     captions = np.load(paths["captions"]).tolist()
     return Latents(np.load(paths["latents"]), tokenize(tokenizer, captions), captions)
 
@@ -141,7 +141,8 @@ def _key(data: Data, seed: int, vae: AutoencoderKL) -> str:
     return digest.hexdigest()[:16]
 
 
-def _save(path: Path, array: np.ndarray) -> None:
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an .npy file: all of it, or nothing."""
     part = path.with_suffix(".part")
     with part.open("wb") as file:
         np.save(file, array, allow_pickle=False)

@@ -30,7 +30,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, length: int, folde
             ]
         )
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        # The trainer adds "x</w>" only for characters that end a word; CLIP has all of them.
+        # More merges than fit: the alphabet's "x</w>" entries, all of which CLIP has, come on top.
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             initial_alphabet=alphabet,

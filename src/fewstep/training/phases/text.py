@@ -6,6 +6,7 @@ that "puppy" stands near "dog" before any picture is seen.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from ...errors import RequestError
 from ..config import Recipe, TextPhase
 from ..emoji.captions import caption_corpus, keyword_phrases
-from ..scenes import batch_indices, sampler_of, tokenize
+from ..scenes import batch_indices, sampler_of, save_array, tokenize
 from ..tokenizer import train_tokenizer
 
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
@@ -43,9 +44,7 @@ class TextAlignment:
             self.captions, model["vocab_size"], model["max_position_embeddings"], folder / TOKENIZER
         )
         self.tokens = tokenize(self.tokenizer, self.captions)
-        self.goals = sentence_embeddings(
-            self.captions, self.settings.sentence_encoder, folder / "sentences.npy"
-        )
+        self.goals = sentence_embeddings(self.captions, self.settings.sentence_encoder, folder)
         torch.manual_seed(recipe.seed)  # the initial weights
         ends = {
             "bos_token_id": self.tokenizer.bos_token_id,
@@ -97,14 +96,17 @@ class TextAlignment:
 
 
 @torch.no_grad()
-def sentence_embeddings(captions: list[str], encoder: str, cache: Path) -> np.ndarray:
-    """Normalised embeddings (N, D) float16 of captions by a sentence encoder, cached in a file."""
+def sentence_embeddings(captions: list[str], encoder: str, folder: Path) -> np.ndarray:
+    """Normalised embeddings (N, D) float16 of captions by a sentence encoder.
+
+    They are kept in `folder`, in a file named for the encoder and the captions.
+    """
     from transformers import AutoModel, AutoTokenizer
 
+    key = hashlib.sha256("\n".join([encoder, *captions]).encode()).hexdigest()[:16]
+    cache = folder / f"sentences-{key}.npy"
     if cache.exists():
-        stored = np.load(cache)
-        if len(stored) == len(captions):
-            return stored
+        return np.load(cache)
     folder = sentence_encoder_folder(encoder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
@@ -118,7 +120,7 @@ def sentence_embeddings(captions: list[str], encoder: str, cache: Path) -> np.nd
         pooled = F.normalize(states.sum(1) / mask.sum(1), dim=1).half().numpy()
         vectors.update(zip(batch, pooled, strict=True))
     embedded = np.stack([vectors[caption] for caption in captions])
-    np.save(cache, embedded, allow_pickle=False)
+    save_array(cache, embedded)
     return embedded
 
 
