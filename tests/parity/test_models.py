@@ -39,6 +39,8 @@ UNETS: dict[str, dict[str, Any]] = {
     "inpainting, 9 channels": UNET | {"in_channels": 9},
     "sd2": UNET
     | {"use_linear_projection": True, "attention_head_dim": (1, 2), "upcast_attention": True},
+    "text in the time embedding": LCM_UNET
+    | {"addition_embed_type": "text", "addition_embed_type_num_heads": 4},
     "sdxl": SDXL,
     "sdxl lcm": SDXL | {"time_cond_proj_dim": 32},
     "ssd-1b": SDXL
@@ -59,7 +61,7 @@ def inputs_of(config: dict[str, Any], height: int, width: int) -> dict[str, Any]
     }
     if dim := config.get("time_cond_proj_dim"):
         inputs["timestep_cond"] = torch.randn(2, dim, generator=draw)
-    if config.get("addition_embed_type"):
+    if config.get("addition_embed_type") == "text_time":
         pooled = (
             config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         )
@@ -140,8 +142,9 @@ def test_control_residuals_give_what_diffusers_gives(tmp_path: Path) -> None:
     ours = UNet2DConditionModel.from_pretrained(tmp_path)
     inputs = inputs_of(UNETS["sd1"], 8, 8)
     with torch.no_grad():
-        temb = ours.embed(inputs["timestep"], inputs["sample"], None, None)
-        deepest, skips = ours.encode(inputs["sample"], temb, inputs["encoder_hidden_states"])
+        text = inputs["encoder_hidden_states"]
+        temb = ours.embed(inputs["timestep"], inputs["sample"], text, None, None)
+        deepest, skips = ours.encode(ours.conv_in(inputs["sample"]), temb, text)
     draw = torch.Generator().manual_seed(2)
 
     def like(x: Tensor) -> Tensor:

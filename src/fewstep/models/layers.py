@@ -104,6 +104,42 @@ class Attention(nn.Module):
         return self.to_out[0](attended.transpose(1, 2).flatten(2))
 
 
+class AttentionPooling(nn.Module):
+    """One vector (B, D) of a text (B, L, D): its mean, plus a learnt vector, attends to itself and
+    to all tokens (DeepFloyd IF)."""
+
+    def __init__(self, heads: int, dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(1, dim) / dim**0.5)
+        self.k_proj = nn.Linear(dim, dim)
+        self.q_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+
+    def forward(self, text: Tensor) -> Tensor:
+        query = text.mean(dim=1, keepdim=True) + self.positional_embedding.to(text.dtype)
+        context = torch.cat([query, text], dim=1)
+        q, k, v = (
+            y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, tokens, D / heads)
+            for y in (self.q_proj(query), self.k_proj(context), self.v_proj(context))
+        )
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
+
+
+class TextTimeEmbedding(nn.Module):
+    """A text (B, L, D) as an addition (B, E) to the time embedding."""
+
+    def __init__(self, text_dim: int, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(text_dim)
+        self.pool = AttentionPooling(heads, text_dim)
+        self.proj = nn.Linear(text_dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.norm2(self.proj(self.pool(self.norm1(text))))
+
+
 class GEGLU(nn.Module):
     """A linear layer whose second half, through GELU, gates its first (Shazeer 2020)."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from .freeu import FreeU
 from .layers import (
     Downsample,
     ResnetBlock,
+    TextTimeEmbedding,
     TimestepEmbedding,
     Transformer2D,
     Upsample,
@@ -67,6 +69,7 @@ class UNetConfig(Config):
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     addition_embed_type: str | None = None
+    addition_embed_type_num_heads: int = 64
     addition_time_embed_dim: int | None = None
     upcast_attention: bool | None = False
     time_embedding_dim: int | None = None
@@ -86,7 +89,7 @@ class UNetConfig(Config):
         "num_attention_heads": (None,),
         "dual_cross_attention": (False,),
         "class_embed_type": (None,),
-        "addition_embed_type": (None, "text_time"),
+        "addition_embed_type": (None, "text", "text_time"),
         "num_class_embeds": (None,),
         "resnet_time_scale_shift": ("default",),
         "resnet_skip_time_act": (False,),
@@ -100,7 +103,6 @@ class UNetConfig(Config):
         "class_embeddings_concat": (False,),
         "mid_block_only_cross_attention": (None, False),
         "cross_attention_norm": (None,),
-        "addition_embed_type_num_heads": (64,),
     }
 
     def __post_init__(self) -> None:
@@ -171,15 +173,23 @@ class DownBlock(nn.Module):
             self.attentions = nn.ModuleList(layout.attention(out_channels, *a) for a in attention)
         self.downsamplers = nn.ModuleList([Downsample(out_channels)]) if downsample else None
 
-    def forward(self, x: Tensor, temb: Tensor, text: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, temb: Tensor, text: Tensor, feature: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`feature` is a T2I-Adapter's for this block."""
         skips = []
+        has_attention = hasattr(self, "attentions")
         for resnet, attention in zip(self.resnets, attentions_of(self), strict=True):
             x = resnet(x, temb)
             x = x if attention is None else attention(x, text)
             skips.append(x)
+        if feature is not None and has_attention:
+            x = skips[-1] = x + feature
         if self.downsamplers is not None:
             x = self.downsamplers[0](x)
             skips.append(x)
+        if feature is not None and not has_attention:  # there it comes after the downsampling
+            x = skips[-1] = x + feature
         return x, skips
 
 
@@ -299,8 +309,12 @@ class UNetEncoder(Model):
                     "addition_embed_type='text_time' needs projection_class_embeddings_input_dim "
                     "and addition_time_embed_dim"
                 )
-            self.add_embedding = TimestepEmbedding(
+            self.add_embedding: nn.Module = TimestepEmbedding(
                 config.projection_class_embeddings_input_dim, temb_channels
+            )
+        elif config.addition_embed_type == "text":
+            self.add_embedding = TextTimeEmbedding(
+                context[0], temb_channels, config.addition_embed_type_num_heads
             )
         self.down_blocks = nn.ModuleList(
             DownBlock(
@@ -332,11 +346,13 @@ class UNetEncoder(Model):
         self,
         t: Tensor,
         like: Tensor,
+        text: Tensor,
         timestep_cond: Tensor | None,
         added: Mapping[str, Tensor] | None,
     ) -> Tensor:
         """The time embedding (B, E) in the dtype of `like`.
 
+        `text` (B, L, D) is added to it where the config says so (addition_embed_type="text").
         `timestep_cond` (B, time_cond_proj_dim) is the guidance embedding of an LCM; `added` holds
         SDXL's `text_embeds` (B, P) and `time_ids` (B, 6).
         """
@@ -349,7 +365,9 @@ class UNetEncoder(Model):
         wave = (config.flip_sin_to_cos, config.freq_shift)
         sinusoid = timestep_embedding(t, config.block_out_channels[0], *wave)
         temb = self.time_embedding(sinusoid.to(like.dtype), timestep_cond)
-        if config.addition_embed_type == "text_time":
+        if config.addition_embed_type == "text":
+            temb = temb + self.add_embedding(text)
+        elif config.addition_embed_type == "text_time":
             added = added or {}
             missing = [key for key in ("text_embeds", "time_ids") if key not in added]
             if missing:
@@ -366,12 +384,16 @@ class UNetEncoder(Model):
             )
         return temb
 
-    def encode(self, x: Tensor, temb: Tensor, text: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The hidden state in front of the mid block, and the skips from the input down."""
-        x = self.conv_in(x)
+    def encode(
+        self, x: Tensor, temb: Tensor, text: Tensor, features: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The hidden state in front of the mid block, and the skips from the input down.
+
+        `x` has passed conv_in; `features` are a T2I-Adapter's, one per block.
+        """
         skips = [x]
-        for block in self.down_blocks:
-            x, new = block(x, temb, text)
+        for block, feature in zip_longest(self.down_blocks, features[: len(self.down_blocks)]):
+            x, new = block(x, temb, text, feature)
             skips += new
         return x, skips
 
@@ -432,19 +454,24 @@ class UNet2DConditionModel(UNetEncoder):
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         down_block_additional_residuals: Sequence[Tensor] | None = None,
         mid_block_additional_residual: Tensor | None = None,
+        down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """The network's output at (sample, timestep).
 
         Shapes: sample (B, C, H, W), any H and W; timestep a number or (B,); encoder_hidden_states
         (B, L, D); timestep_cond (B, time_cond_proj_dim). The residuals of ControlNets are added to
-        the skips and to the mid block's output.
+        the skips and to the mid block's output, those of T2I-Adapters within the down blocks.
         """
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
-        temb = self.embed(t, sample, timestep_cond, added_cond_kwargs)
-        x, skips = self.encode(sample, temb, encoder_hidden_states)
+        temb = self.embed(t, sample, encoder_hidden_states, timestep_cond, added_cond_kwargs)
+        features = tuple(down_intrablock_additional_residuals or ())
+        x, skips = self.encode(self.conv_in(sample), temb, encoder_hidden_states, features)
         if self.mid_block is not None:
             x = self.mid_block(x, temb, encoder_hidden_states)
+            behind = features[len(self.down_blocks) :]  # full_adapter_xl has one more
+            if behind and behind[0].shape == x.shape:
+                x = x + behind[0]
         if down_block_additional_residuals is not None:
             pairs = zip(skips, down_block_additional_residuals, strict=True)
             skips = [skip + residual for skip, residual in pairs]

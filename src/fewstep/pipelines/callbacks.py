@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from .denoise import Conditioning, Job, Step
+from .denoise import Job, Step
 from .request import CALLBACK_TENSORS, Request
 
 
@@ -64,8 +64,8 @@ def reconditioned(job: Job, changed: dict[str, Tensor], guidance_scale: float) -
                 f"it must have {rows}, or {2 * rows} with the negative ones first"
             )
     negative = changed.get("negative_prompt_embeds", negative)
-    cond = Conditioning(text, changed.get("w_embedding", job.cond.w))
+    cond = replace(job.cond, text=text, w=changed.get("w_embedding", job.cond.w))
     uncond = None
-    if guidance_scale > 1 and cond.w is None and negative is not None:
-        uncond = Conditioning(negative)
+    if guidance_scale > 1 and cond.w is None and job.uncond is not None and negative is not None:
+        uncond = replace(job.uncond, text=negative)
     return replace(job, cond=cond, uncond=uncond, guidance_scale=guidance_scale)

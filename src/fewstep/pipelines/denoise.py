@@ -32,7 +32,80 @@ class Conditioning:
     """What the network is told beside z and t, in the network's dtype."""
 
     text: Tensor  # (B, L, D)
+    pooled: Tensor | None = None  # (B, P), SDXL's pooled text
+    time_ids: Tensor | None = None  # (B, 6), SDXL's sizes and crops
     w: Tensor | None = None  # (B, W), the embedding of the paper's omega = guidance_scale - 1
+    image: tuple[Tensor, ...] = ()  # (B, N, D) of each IP-Adapter: picture prompts
+
+    @property
+    def added(self) -> dict[str, Tensor] | None:
+        """SDXL's conditions under the names that networks take them by."""
+        if self.pooled is None or self.time_ids is None:
+            return None
+        return {"text_embeds": self.pooled, "time_ids": self.time_ids}
+
+    def joined(self, other: Conditioning) -> Conditioning:
+        """The rows of this one, then those of `other`."""
+
+        def join(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return None if a is None or b is None else torch.cat([a, b])
+
+        return Conditioning(
+            torch.cat([self.text, other.text]),
+            join(self.pooled, other.pooled),
+            join(self.time_ids, other.time_ids),
+            join(self.w, other.w),
+            tuple(torch.cat(pair) for pair in zip(self.image, other.image, strict=True)),
+        )
+
+    def rows(self, start: int, stop: int) -> Conditioning:
+        """Rows `start` to `stop` - 1."""
+
+        def cut(a: Tensor | None) -> Tensor | None:
+            return None if a is None else a[start:stop]
+
+        return Conditioning(
+            self.text[start:stop],
+            cut(self.pooled),
+            cut(self.time_ids),
+            cut(self.w),
+            tuple(a[start:stop] for a in self.image),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Residuals:
+    """What a control adds to the UNet."""
+
+    down: tuple[Tensor, ...] = ()  # to the skips (ControlNet)
+    mid: Tensor | None = None  # to the mid block's output (ControlNet)
+    features: tuple[Tensor, ...] = ()  # within the down blocks (T2I-Adapter)
+
+    def __add__(self, other: Residuals) -> Residuals:
+        mids = [m for m in (self.mid, other.mid) if m is not None]
+        return Residuals(
+            sums(self.down, other.down),
+            mids[0] + mids[1] if len(mids) == 2 else next(iter(mids), None),
+            sums(self.features, other.features),
+        )
+
+
+def sums(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Sums by place; an empty tuple adds nothing."""
+    return tuple(x + y for x, y in zip(a, b, strict=True)) if a and b else a or b
+
+
+class Control(Protocol):
+    """ControlNet, T2I-Adapter: a further condition, which answers with residuals of the UNet."""
+
+    def __call__(
+        self, z: Tensor, t: Tensor, cond: Conditioning, *, doubled: bool, span: tuple[float, float]
+    ) -> Residuals | None:
+        """The residuals of rows z (B, C, h, w) at times t (B,), or None where there are none.
+
+        `doubled`: the first half of the rows is the unconditional one. `span` is the part of the
+        run that the step covers, (i / N, (i + 1) / N).
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +117,14 @@ class Job:
     guidance_scale: float
     plan: Plan
     update: Update
-    shape: tuple[int, ...]  # (B, C, h, w)
+    shape: tuple[int, ...]  # (B, C, h, w), or (B, C, F, h, w) of a video
     dtype: torch.dtype  # of z and of every draw
     generator: Generators = None
     guidance_rescale: float = 0.0
+    controls: tuple[Control, ...] = ()
+    extra_channels: Tensor | None = None  # (B, 5, h, w), mask and masked picture (inpainting UNets)
+    keep: Callable[[Tensor, Tensor], Tensor] | None = None  # (z, t_next): puts the known part back
+    start_scale: float = 1.0  # deviation of the noise that the plan starts from
     z: Tensor | None = None  # the start; set by the task
 
     def draw(self) -> Tensor:
@@ -56,7 +133,7 @@ class Job:
 
     def from_noise(self) -> Job:
         """This job, starting from pure noise."""
-        return replace(self, z=self.draw())
+        return replace(self, z=self.draw() * self.start_scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,21 +148,49 @@ class Step:
     stop: bool = False
 
 
-def predict(unet: UNet2DConditionModel, job: Job, z: Tensor, t: Tensor) -> Tensor:
+def predict(
+    unet: UNet2DConditionModel, job: Job, z: Tensor, t: Tensor, span: tuple[float, float] = (0, 1)
+) -> Tensor:
     """The guided network output (B, C, h, w) at (z, t), t (B,), by one call of the network."""
     if job.uncond is None:
-        return run(unet, z, t, job.cond)
-    both = Conditioning(torch.cat([job.uncond.text, job.cond.text]))
-    negative, positive = run(unet, torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+        return run(unet, job, z, t, job.cond, span)
+    both = job.uncond.joined(job.cond)
+    twice = run(unet, job, torch.cat([z, z]), torch.cat([t, t]), both, span)
+    negative, positive = twice.chunk(2)
     guided = classifier_free_guidance(positive, negative, job.guidance_scale)
     if job.guidance_rescale > 0:
         guided = rescale_guidance(guided, positive, job.guidance_rescale)
     return guided
 
 
-def run(unet: UNet2DConditionModel, z: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+def run(
+    unet: UNet2DConditionModel,
+    job: Job,
+    z: Tensor,
+    t: Tensor,
+    cond: Conditioning,
+    span: tuple[float, float],
+) -> Tensor:
     """The network's output at (z, t) in the dtype of z, whatever the network's is."""
-    (output,) = unet(z.to(cond.text.dtype), t, cond.text, timestep_cond=cond.w, return_dict=False)
+    x = z.to(cond.text.dtype)
+    residuals = Residuals()
+    for control in job.controls:
+        found = control(x, t, cond, doubled=job.uncond is not None, span=span)
+        residuals = residuals if found is None else residuals + found
+    if job.extra_channels is not None:
+        copies = len(z) // len(job.extra_channels)
+        x = torch.cat([x, torch.cat([job.extra_channels] * copies)], dim=1)
+    (output,) = unet(
+        x,
+        t,
+        cond.text,
+        timestep_cond=cond.w,
+        added_cond_kwargs=cond.added,
+        down_block_additional_residuals=residuals.down or None,
+        mid_block_additional_residual=residuals.mid,
+        down_intrablock_additional_residuals=residuals.features or None,
+        return_dict=False,
+    )
     return output.to(z.dtype)
 
 
@@ -98,10 +203,14 @@ def denoise(
     step whose `stop` is set.
     """
     assert job.z is not None, "the task sets the start"
-    z = job.z
+    z, steps = job.z, len(job.plan.timesteps)
     for index, (t, t_next) in enumerate(zip(*job.plan, strict=True)):
         rows, next_rows = t.expand(len(z)), t_next.expand(len(z))
-        z, z0 = job.update(predict(unet, job, z, rows), z, rows, next_rows, job.draw)
+        span = (index / steps, (index + 1) / steps)
+        output = predict(unet, job, z, rows, span)
+        z, z0 = job.update(output, z, rows, next_rows, job.draw)
+        if job.keep is not None:
+            z = job.keep(z, next_rows)
         if on_step is not None:
             step = on_step(Step(index, t, z, z0, job))
             if step.stop:

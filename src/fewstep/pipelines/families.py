@@ -345,7 +345,7 @@ class StableDiffusion(DiffusionPipeline):
         dtype = positive.dtype
         latents = request.latents
         return Job(
-            cond=Conditioning(positive.to(self.unet.dtype), self.guidance_input(request)),
+            cond=Conditioning(positive.to(self.unet.dtype), w=self.guidance_input(request)),
             uncond=None if negative is None else Conditioning(negative.to(self.unet.dtype)),
             guidance_scale=request.guidance_scale,
             guidance_rescale=request.guidance_rescale,

@@ -60,6 +60,7 @@ class Mix:
     say_3d                        chance that a 3d scene says so (other styles are always said)
     label, label_tags, tag_only   weights of the three ways to name a single object
     rarest_tag                    most concepts that may share a keyword which alone names an object
+    jitter                        how far sizes and places vary: 1 as usual, 0 not at all
     mirrored                      chance of mirroring, where mirroring does not make it untrue
     """
 
@@ -76,6 +77,7 @@ class Mix:
     label_tags: float = 0.25
     tag_only: float = 0.15
     rarest_tag: int = 3
+    jitter: float = 1.0
     mirrored: float = 0.5
 
 
@@ -142,7 +144,7 @@ class SceneSampler:
                     if not HeldOut.recolour(self.sprites.concepts[row].code, colour)
                 ],
             )
-        size = float(rng.uniform(0.80, 0.95))
+        size = self._between(rng, 0.80, 0.95)
         x, y = self._nudged(rng, (0.5, 0.5), min(0.04, (1 - size) / 2))
         placed = Placed(row, x, y, size, self._mirror(rng, row), recolour)
         background = self._background(rng, (row,), style, recolour)
@@ -153,13 +155,13 @@ class SceneSampler:
         name, size_word, position = self.vocabulary.names[row], "", None
         choice = rng.random()
         if choice < 0.15:
-            size_word, size = "large", rng.uniform(0.97, 1.0)
+            size_word, size = "large", self._between(rng, 0.97, 1.0)
         elif choice < 0.35:
-            size_word, size = "small", rng.uniform(0.38, 0.46)
+            size_word, size = "small", self._between(rng, 0.38, 0.46)
         else:
             position = list(POSITIONS)[rng.integers(len(POSITIONS))]
             size_word = "small" if rng.random() < 0.5 else ""
-            size = rng.uniform(0.38, 0.46) if size_word else rng.uniform(0.42, 0.5)
+            size = self._between(rng, 0.38, 0.46) if size_word else self._between(rng, 0.42, 0.5)
         x, y = self._nudged(rng, POSITIONS[position or "in the center"], 0.02)
         subject = _described(name, size_word) + (f" {position}" if position else "")
         placed = Placed(row, x, y, float(size), self._mirror(rng, row))
@@ -171,7 +173,7 @@ class SceneSampler:
         if rows is None:  # a tiny selection may hold none
             return self._single(rng, self._drawn_row(rng, self.rows, style), style)
         relation = RELATIONS[rng.integers(len(RELATIONS))]
-        size = float(rng.uniform(0.43, 0.49))
+        size = self._between(rng, 0.43, 0.49)
         objects = tuple(
             Placed(row, *self._nudged(rng, centre), size, self._mirror(rng, row))
             for row, centre in zip(rows, PAIR_PLACES[relation], strict=True)
@@ -198,7 +200,7 @@ class SceneSampler:
             return self._single(rng, self._drawn_row(rng, self.rows, style), style)
         row = self._drawn_row(rng, self.vocabulary.countable, style)
         number = int(rng.integers(2, 5))
-        size, mirrored = float(rng.uniform(0.42, 0.47)), self._mirror(rng, row)
+        size, mirrored = self._between(rng, 0.42, 0.47), self._mirror(rng, row)
         objects = tuple(
             Placed(row, *self._nudged(rng, c), size, mirrored) for c in COUNT_PLACES[number]
         )
@@ -261,11 +263,15 @@ class SceneSampler:
     def _mirror(self, rng: np.random.Generator, row: int) -> bool:
         return bool(rng.random() < self.mix.mirrored) and self.vocabulary.mirrorable(row)
 
-    @staticmethod
+    def _between(self, rng: np.random.Generator, low: float, high: float) -> float:
+        """A size from `low` to `high`, as near their middle as the mix's jitter says."""
+        middle = (low + high) / 2
+        return middle + self.mix.jitter * (float(rng.uniform(low, high)) - middle)
+
     def _nudged(
-        rng: np.random.Generator, centre: tuple[float, float], most: float = 0.01
+        self, rng: np.random.Generator, centre: tuple[float, float], most: float = 0.01
     ) -> tuple[float, float]:
-        x, y = rng.uniform(-most, most, 2)
+        x, y = self.mix.jitter * rng.uniform(-most, most, 2)
         return centre[0] + float(x), centre[1] + float(y)
 
     @staticmethod

@@ -39,7 +39,7 @@ class Teacher:
         self.scheduler = DDIMScheduler(**self.settings.scheduler)
         self.schedule = self.scheduler.noise_schedule.to(device)
         text_encoder: nn.Module = CLIPTextModel.from_pretrained(root / "text" / "text_encoder")
-        self.text_encoder = text_encoder.to(device).train()
+        self.text_encoder = text_encoder.float().to(device).train()
         torch.manual_seed(recipe.seed)  # the initial weights
         self.unet = UNet2DConditionModel(**self.settings.model).to(device).train()
         self.trained = {"unet": self.unet, "text_encoder": self.text_encoder}
