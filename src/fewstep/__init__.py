@@ -20,16 +20,22 @@ if TYPE_CHECKING:
     from .pipelines.base import DiffusionPipeline
     from .pipelines.catalog import (
         AutoPipelineForImage2Image,
+        AutoPipelineForInpainting,
         AutoPipelineForText2Image,
         LatentConsistencyModelImg2ImgPipeline,
         LatentConsistencyModelPipeline,
         StableDiffusionImg2ImgPipeline,
+        StableDiffusionInpaintPipeline,
         StableDiffusionPipeline,
+        StableDiffusionXLImg2ImgPipeline,
+        StableDiffusionXLInpaintPipeline,
+        StableDiffusionXLPipeline,
     )
     from .schedulers import DDIMScheduler, LCMScheduler
 
 _MODULES = {
     "AutoPipelineForImage2Image": "pipelines.catalog",
+    "AutoPipelineForInpainting": "pipelines.catalog",
     "AutoPipelineForText2Image": "pipelines.catalog",
     "AutoencoderKL": "models.vae",
     "CheckpointError": "errors",
@@ -41,7 +47,11 @@ _MODULES = {
     "LatentConsistencyModelPipeline": "pipelines.catalog",
     "RequestError": "errors",
     "StableDiffusionImg2ImgPipeline": "pipelines.catalog",
+    "StableDiffusionInpaintPipeline": "pipelines.catalog",
     "StableDiffusionPipeline": "pipelines.catalog",
+    "StableDiffusionXLImg2ImgPipeline": "pipelines.catalog",
+    "StableDiffusionXLInpaintPipeline": "pipelines.catalog",
+    "StableDiffusionXLPipeline": "pipelines.catalog",
     "UNet2DConditionModel": "models.unet",
     "UnsupportedConfig": "errors",
 }
@@ -49,6 +59,7 @@ _MODULES = {
 __all__ = [
     "EMBEDDED",
     "AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting",
     "AutoPipelineForText2Image",
     "AutoencoderKL",
     "CheckpointError",
@@ -60,7 +71,11 @@ __all__ = [
     "LatentConsistencyModelPipeline",
     "RequestError",
     "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLPipeline",
     "UNet2DConditionModel",
     "UnsupportedConfig",
     "__version__",

@@ -223,10 +223,8 @@ def test_what_is_not_implemented_is_named(folder: Path) -> None:
     change_index(folder, vae=["diffusers", "AutoencoderTiny"])
     with pytest.raises(UnsupportedConfig, match="the component vae is a AutoencoderTiny"):
         DiffusionPipeline.from_pretrained(folder)
-    change_index(folder, _class_name="StableDiffusionXLPipeline")
-    with pytest.raises(
-        UnsupportedConfig, match=r"StableDiffusionXLPipeline .* \(supported: Stable"
-    ):
+    change_index(folder, _class_name="FluxPipeline")
+    with pytest.raises(UnsupportedConfig, match=r"FluxPipeline .* \(supported: Stable"):
         DiffusionPipeline.from_pretrained(folder)
     change_index(folder, text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
     with pytest.raises(UnsupportedConfig, match="no use for its text_encoder_2"):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import inspect
-import textwrap
-from collections.abc import Callable
-from typing import Any, TypeVar
-
-TaskT = TypeVar("TaskT", bound=Callable[..., Any])
 
 MEANINGS = {
     "prompt": "Text, or one text per picture. Needed unless prompt_embeds is given.",
+    "prompt_2": "Text for SDXL's second text encoder; by default it reads prompt.",
     "image": "The picture to start from, or one per prompt: PIL, numpy (H, W, 3) or tensor "
     "(3, H, W), floats in [0, 1] or [-1, 1], or latents. Its sides are floored to what the VAE "
     "can hold.",
+    "mask_image": "What to draw anew: white (at least 0.5) is repainted, black stays. One mask, or "
+    "one per prompt.",
+    "masked_image_latents": "Latents of the picture with its white part grey, in place of those "
+    "made from image and mask_image.",
+    "padding_mask_crop": "A margin in pixels: work on the surroundings of the mask alone, at full "
+    "size, and paste them back. Needs PIL pictures.",
+    "mask_blur": "Radius in pixels by which the edge of what is pasted back is softened, inwards.",
+    "paste_back": "Put the pixels outside the mask back exactly as they were (the VAE changes them "
+    "a little otherwise). Needs PIL pictures.",
     "strength": "In (0, 1]: how much of the picture is replaced; 1 keeps next to nothing of it.",
     "height": "Height in pixels, a multiple of the VAE's factor (8 in Stable Diffusion); by "
     "default what the UNet was trained for.",
@@ -25,12 +28,17 @@ MEANINGS = {
     "num_inference_steps are taken; by default the scheduler's, 50.",
     "lcm_origin_steps": "An older name of original_inference_steps.",
     "timesteps": "The times to step through, descending, in place of num_inference_steps.",
+    "denoising_start": "In (0, 1): begin at this part of the run, with image holding the latents "
+    "that another model has left there; strength is not read then.",
+    "denoising_end": "In (0, 1): stop at this part of the run, for another model to go on.",
     "sigmas": "Not supported; give timesteps.",
     "guidance_scale": "How strongly the text steers. With a guidance-distilled LCM an input of the "
     "network, 3 to 13; otherwise 1 is off and each step costs twice as much above 1.",
     "guidance_rescale": "In [0, 1]: pulls guided contrast back to the unguided (Lin et al. 2024).",
     "negative_prompt": "What to steer away from, one text or one per prompt. Without guidance by "
     "two network calls (an LCM, or guidance_scale <= 1) it has no effect, and a warning says so.",
+    "negative_prompt_2": "The negative prompt for SDXL's second text encoder; by default "
+    "negative_prompt.",
     "num_images_per_prompt": "Pictures per prompt.",
     "eta": "In [0, 1]: fresh noise per step of the DDIM scheduler; 0 draws none.",
     "generator": "torch.Generator for all noise, or one per picture: each picture is then what it "
@@ -39,6 +47,24 @@ MEANINGS = {
     "noise.",
     "prompt_embeds": "Embedded prompts (prompts, tokens, channels), in place of prompt.",
     "negative_prompt_embeds": "Embedded negative prompts, shaped as prompt_embeds.",
+    "pooled_prompt_embeds": "Each prompt as a whole (prompts, channels), SDXL's.",
+    "negative_pooled_prompt_embeds": "Shaped as pooled_prompt_embeds.",
+    "original_size": "(height, width) that SDXL is told the picture had; by default its size.",
+    "crops_coords_top_left": "(top, left) that SDXL is told the picture was cropped at.",
+    "target_size": "(height, width) that SDXL is told to aim at; by default the picture's size.",
+    "negative_original_size": "original_size for the negative prompt.",
+    "negative_crops_coords_top_left": "crops_coords_top_left for the negative prompt.",
+    "negative_target_size": "target_size for the negative prompt.",
+    "aesthetic_score": "The score that an SDXL refiner is told.",
+    "negative_aesthetic_score": "aesthetic_score for the negative prompt.",
+    "control_image": "What steers the ControlNet: a picture, one per prompt, or a list of these "
+    "for several ControlNets.",
+    "controlnet_conditioning_scale": "How strongly each ControlNet steers; a number, or a list.",
+    "guess_mode": "Let the ControlNet steer without text: only the prompt's half is controlled.",
+    "control_guidance_start": "In [0, 1): part of the run at which each ControlNet sets in.",
+    "control_guidance_end": "In (0, 1]: part of the run at which each ControlNet stops.",
+    "adapter_conditioning_scale": "How strongly each T2I-Adapter steers; a number, or a list.",
+    "adapter_conditioning_factor": "In (0, 1]: the first part of the run, that it steers.",
     "ip_adapter_image": "Not supported.",
     "ip_adapter_image_embeds": "Not supported.",
     "output_type": '"pil", "np" (B, H, W, 3) and "pt" (B, 3, H, W) in [0, 1], or "latent".',
@@ -61,38 +87,6 @@ ELSEWHERE = {
     "denoising_strength": "strength",
     "n": "num_images_per_prompt",
 }
-
-
-def documented(task: TaskT) -> TaskT:
-    """`task` with its arguments explained in its docstring, and a hint for an unknown keyword."""
-    names = [name for name in inspect.signature(task).parameters if name != "self"]
-    lines = [
-        textwrap.fill(
-            f"{name}: {MEANINGS[name]}", 96, initial_indent="    ", subsequent_indent=" " * 8
-        )
-        for name in names
-    ]
-
-    @functools.wraps(task)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for name in kwargs:
-            if name not in names:
-                raise TypeError(
-                    f"{type(self).__name__} got an unknown argument {name!r}{hint(name, names)}"
-                )
-        return task(self, *args, **kwargs)
-
-    call.__doc__ = "\n".join(
-        [
-            inspect.cleandoc(task.__doc__ or ""),
-            "",
-            "Args:",
-            *lines,
-            "",
-            "Raises RequestError, before any work, for a value that cannot be served.",
-        ]
-    )
-    return call  # type: ignore[return-value]
 
 
 def hint(name: str, names: list[str]) -> str:

@@ -15,31 +15,118 @@ from ..errors import UnsupportedConfig
 from .base import DiffusionPipeline
 from .families import StableDiffusion
 from .loading import read_index
-from .tasks import image_to_image, lcm_image_to_image, lcm_text_to_image, text_to_image
+from .signatures import call
+from .tasks import (
+    image_to_image,
+    inpaint,
+    lcm_image_to_image,
+    lcm_text_to_image,
+    text_to_image,
+)
+from .xl import StableDiffusionXL
+
+# ── arguments, in diffusers' order ──
+
+_EMBEDS = "prompt_embeds negative_prompt_embeds"
+_POOLED = "pooled_prompt_embeds negative_pooled_prompt_embeds"
+_DRAWS = "num_images_per_prompt eta generator"
+_OUT = "ip_adapter_image ip_adapter_image_embeds output_type return_dict cross_attention_kwargs"
+_CALLBACK = "clip_skip callback_on_step_end callback_on_step_end_tensor_inputs"
+_TIMES = "timesteps sigmas"
+_SIZES = (
+    "original_size crops_coords_top_left target_size negative_original_size "
+    "negative_crops_coords_top_left negative_target_size"
+)
+_SCORES = "aesthetic_score negative_aesthetic_score"
+_XL_TEXT = "negative_prompt negative_prompt_2"
+_XL_TAIL = f"guidance_rescale {_SIZES}"
+_PASTE = "* mask_blur paste_back"
+_LCM = f"""timesteps guidance_scale=8.5 num_images_per_prompt generator latents prompt_embeds {_OUT}
+    {_CALLBACK} * negative_prompt lcm_origin_steps"""
 
 
 class StableDiffusionPipeline(StableDiffusion):
     """Text to picture with Stable Diffusion, or with an LCM on it."""
 
-    __call__ = text_to_image
+    __call__ = call(
+        text_to_image,
+        f"""prompt height width num_inference_steps {_TIMES} guidance_scale negative_prompt {_DRAWS}
+        latents {_EMBEDS} {_OUT} guidance_rescale {_CALLBACK}""",
+    )
 
 
 class StableDiffusionImg2ImgPipeline(StableDiffusion):
     """Picture to picture with Stable Diffusion, or with an LCM on it."""
 
-    __call__ = image_to_image
+    __call__ = call(
+        image_to_image,
+        f"""prompt image strength=0.8 num_inference_steps {_TIMES} guidance_scale negative_prompt
+        {_DRAWS} {_EMBEDS} {_OUT} {_CALLBACK}""",
+    )
+
+
+class StableDiffusionInpaintPipeline(StableDiffusion):
+    """Inpainting with Stable Diffusion, or with an LCM on it; UNets of 4 and of 9 channels."""
+
+    __call__ = call(
+        inpaint,
+        f"""prompt image mask_image masked_image_latents height width padding_mask_crop strength=1.0
+        num_inference_steps {_TIMES} guidance_scale negative_prompt {_DRAWS} latents {_EMBEDS}
+        {_OUT} {_CALLBACK} {_PASTE}""",
+    )
+
+
+class StableDiffusionXLPipeline(StableDiffusionXL):
+    """Text to picture with SDXL or SSD-1B, or with an LCM on it."""
+
+    __call__ = call(
+        text_to_image,
+        f"""prompt prompt_2 height width num_inference_steps {_TIMES} denoising_end
+        guidance_scale=5.0 {_XL_TEXT} {_DRAWS} latents {_EMBEDS} {_POOLED} {_OUT} {_XL_TAIL}
+        {_CALLBACK}""",
+    )
+
+
+class StableDiffusionXLImg2ImgPipeline(StableDiffusionXL):
+    """Picture to picture with SDXL or SSD-1B, or with an LCM on it; the refiner too."""
+
+    __call__ = call(
+        image_to_image,
+        f"""prompt prompt_2 image strength=0.3 num_inference_steps {_TIMES} denoising_start
+        denoising_end guidance_scale=5.0 {_XL_TEXT} {_DRAWS} latents {_EMBEDS} {_POOLED} {_OUT}
+        {_XL_TAIL} {_SCORES} {_CALLBACK}""",
+    )
+
+
+class StableDiffusionXLInpaintPipeline(StableDiffusionXL):
+    """Inpainting with SDXL or SSD-1B, or with an LCM on it; UNets of 4 and of 9 channels."""
+
+    __call__ = call(
+        inpaint,
+        f"""prompt prompt_2 image mask_image masked_image_latents height width padding_mask_crop
+        strength=0.9999 num_inference_steps {_TIMES} denoising_start denoising_end guidance_scale
+        {_XL_TEXT} {_DRAWS} latents {_EMBEDS} {_POOLED} {_OUT} {_XL_TAIL} {_SCORES} {_CALLBACK}
+        {_PASTE}""",
+    )
 
 
 class LatentConsistencyModelPipeline(StableDiffusion):
     """Text to picture with a guidance-distilled latent consistency model."""
 
-    __call__ = lcm_text_to_image
+    __call__ = call(
+        lcm_text_to_image,
+        f"prompt height width num_inference_steps=4 original_inference_steps {_LCM}",
+    )
 
 
 class LatentConsistencyModelImg2ImgPipeline(StableDiffusion):
     """Picture to picture with a guidance-distilled latent consistency model."""
 
-    __call__ = lcm_image_to_image
+    __call__ = call(
+        lcm_image_to_image,
+        f"""prompt image num_inference_steps=4 strength=0.8 original_inference_steps
+        {_LCM}""",
+    )
 
 
 # Family -> task -> class.
@@ -47,10 +134,18 @@ CATALOG: dict[str, dict[str, type[DiffusionPipeline]]] = {
     "StableDiffusion": {
         "text-to-image": StableDiffusionPipeline,
         "image-to-image": StableDiffusionImg2ImgPipeline,
+        "inpainting": StableDiffusionInpaintPipeline,
     },
+    "StableDiffusionXL": {
+        "text-to-image": StableDiffusionXLPipeline,
+        "image-to-image": StableDiffusionXLImg2ImgPipeline,
+        "inpainting": StableDiffusionXLInpaintPipeline,
+    },
+    # An LCM paints into a mask by the Stable Diffusion task, guidance embedded.
     "LatentConsistencyModel": {
         "text-to-image": LatentConsistencyModelPipeline,
         "image-to-image": LatentConsistencyModelImg2ImgPipeline,
+        "inpainting": StableDiffusionInpaintPipeline,
     },
 }
 
@@ -114,3 +209,9 @@ class AutoPipelineForImage2Image(AutoPipeline):
     """The image-to-image pipeline of any supported checkpoint."""
 
     task = "image-to-image"
+
+
+class AutoPipelineForInpainting(AutoPipeline):
+    """The inpainting pipeline of any supported checkpoint."""
+
+    task = "inpainting"

@@ -132,8 +132,8 @@ class Job:
         return randn(self.shape, self.generator, self.cond.text.device, self.dtype)
 
     def from_noise(self) -> Job:
-        """This job, starting from pure noise."""
-        return replace(self, z=self.draw() * self.start_scale)
+        """This job, starting from pure noise unless it has a start."""
+        return self if self.z is not None else replace(self, z=self.draw() * self.start_scale)
 
 
 @dataclass(frozen=True, eq=False)

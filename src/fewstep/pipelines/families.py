@@ -5,7 +5,8 @@ A public pipeline is one family with one task as its `__call__` (see catalog.py)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -31,7 +32,7 @@ from ..schedulers import (
 )
 from .base import DiffusionPipeline
 from .callbacks import call_back
-from .denoise import Conditioning, Job, Step, Update, denoise
+from .denoise import Conditioning, Control, Job, Step, Update, denoise
 from .images import postprocess
 from .notices import warn_caller
 from .record import write_records
@@ -318,11 +319,7 @@ class StableDiffusion(DiffusionPipeline):
         height, width = self.size(request)
         factor, channels = self.vae_scale_factor, self.vae.config.latent_channels
         shape = (request.batch, channels, height // factor, width // factor)
-        if self.unet.config.in_channels != channels:
-            raise RequestError(
-                f"unet has in_channels={self.unet.config.in_channels}, but this task gives it the "
-                f"{channels} channels of the VAE's latents; use a UNet made for them"
-            )
+        self.check_unet(request, channels)
         if request.latents is not None and tuple(request.latents.shape) != shape:
             raise RequestError(
                 f"latents must have shape {shape} (pictures, channels, height, width), "
@@ -332,21 +329,11 @@ class StableDiffusion(DiffusionPipeline):
         if request.prompt_embeds is not None:
             self.check_channels(request.prompt_embeds)
         request.warn_of_no_effect(embedded=self.is_embedded)
-        positive, negative = self.encode_prompt(
-            request.prompt,
-            self.unet.device,
-            request.num_images_per_prompt,
-            request.guidance_scale > 1 and not self.is_embedded,
-            request.negative_prompt,
-            prompt_embeds=request.prompt_embeds,
-            negative_prompt_embeds=request.negative_prompt_embeds,
-            clip_skip=request.clip_skip,
-        )
-        dtype = positive.dtype
+        cond, uncond, dtype = self.condition(request, (height, width))
         latents = request.latents
         return Job(
-            cond=Conditioning(positive.to(self.unet.dtype), w=self.guidance_input(request)),
-            uncond=None if negative is None else Conditioning(negative.to(self.unet.dtype)),
+            cond=cond,
+            uncond=uncond,
             guidance_scale=request.guidance_scale,
             guidance_rescale=request.guidance_rescale,
             plan=plan,
@@ -356,6 +343,44 @@ class StableDiffusion(DiffusionPipeline):
             generator=request.generator,
             z=None if latents is None else latents.to(self.unet.device, dtype),
         )
+
+    def check_unet(self, request: Request, channels: int) -> None:
+        """Raises RequestError unless the UNet takes what this task gives it."""
+        given = {channels} if request.mask_image is None else {channels, 2 * channels + 1}
+        if self.unet.config.in_channels not in given:
+            raise RequestError(
+                f"unet has in_channels={self.unet.config.in_channels}, but this task gives it "
+                f"{' or '.join(map(str, sorted(given)))} channels; use a UNet made for them"
+            )
+
+    def condition(
+        self, request: Request, size: tuple[int, int]
+    ) -> tuple[Conditioning, Conditioning | None, torch.dtype]:
+        """What the network is told, with and without the text, and the dtype of the latents."""
+        positive, negative = self.encode_prompt(
+            request.prompt,
+            self.unet.device,
+            request.num_images_per_prompt,
+            self.doubles(request),
+            request.negative_prompt,
+            prompt_embeds=request.prompt_embeds,
+            negative_prompt_embeds=request.negative_prompt_embeds,
+            clip_skip=request.clip_skip,
+        )
+        dtype = self.unet.dtype
+        return (
+            Conditioning(positive.to(dtype), w=self.guidance_input(request)),
+            None if negative is None else Conditioning(negative.to(dtype)),
+            positive.dtype,
+        )
+
+    def doubles(self, request: Request) -> bool:
+        """Whether a request is guided by two network calls, batched as one."""
+        return request.guidance_scale > 1 and not self.is_embedded
+
+    def controls(self, request: Request, job: Job) -> tuple[Control, ...]:
+        """The further conditions of a request; families with a control have their own."""
+        return ()
 
     def guidance_input(self, request: Request) -> Tensor | None:
         """The embedding (B, W) of the paper's omega, if the network takes one."""
@@ -375,7 +400,8 @@ class StableDiffusion(DiffusionPipeline):
         if pictures.shape[1] == channels and channels != 3:
             z0 = pictures.to(job.cond.text.device, job.dtype)
             return z0.repeat_interleave(rows // len(z0), 0)
-        posterior = self.vae.encode(pictures.to(self.vae.device, self.vae.dtype)).latent_dist
+        with self.safe_vae() as dtype:
+            posterior = self.vae.encode(pictures.to(self.vae.device, dtype)).latent_dist
         mean, std = posterior.mean, posterior.std
         generator: Generators = job.generator
         if isinstance(generator, (list, tuple)):  # each row draws from its own
@@ -392,9 +418,22 @@ class StableDiffusion(DiffusionPipeline):
         """Pictures of latents (B, C, h, w), as `output_type` asks; "latent" gives them back."""
         if output_type == "latent":
             return z
-        unscaled = self.unscaled(z).to(self.vae.device, self.vae.dtype)
-        (pictures,) = self.vae.decode(unscaled, return_dict=False)
+        with self.safe_vae() as dtype:
+            unscaled = self.unscaled(z).to(self.vae.device, dtype)
+            (pictures,) = self.vae.decode(unscaled, return_dict=False)
         return postprocess(pictures, output_type)
+
+    @contextmanager
+    def safe_vae(self) -> Iterator[torch.dtype]:
+        """The VAE in float32 while it runs, if in half precision it would overflow (SDXL's)."""
+        overflows = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
+        if overflows:
+            self.vae.float()
+        try:
+            yield self.vae.dtype
+        finally:
+            if overflows:
+                self.vae.half()
 
     def scaled(self, z: Tensor) -> Tensor:
         """The VAE's latents in the UNet's units."""
@@ -422,18 +461,22 @@ class StableDiffusion(DiffusionPipeline):
 
     @torch.no_grad()
     def generate(
-        self, request: Request, plan: Plan, start: Callable[[Job], Job]
+        self,
+        request: Request,
+        plan: Plan,
+        start: Callable[[Job], Job],
+        finish: Callable[[Any], Any] | None = None,
     ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
         """The answer to a request: text to tensors, `start`, the loop, latents to pictures.
 
-        `start` gives the job its first latents, unless the request brought them.
+        `start` gives the job its first latents, unless the request brought them. `finish`, if
+        given, is applied to each decoded batch of pictures.
         """
         self._interrupt = False
         self._guidance_scale = request.guidance_scale
         self._num_timesteps = len(plan.timesteps)
-        job = self.prepare(request, plan)
-        if job.z is None:
-            job = start(job)
+        job = start(self.prepare(request, plan))
+        job = replace(job, controls=self.controls(request, job))
         with self.progress_bar(total=len(plan.timesteps)) as bar:
 
             def on_step(step: Step) -> Step:
@@ -443,6 +486,8 @@ class StableDiffusion(DiffusionPipeline):
 
             z = denoise(self.unet, job, on_step)
         images = self.decode(z, request.output_type)
+        if finish is not None:
+            images = finish(images)
         if isinstance(images, list):
             write_records(images, self, request, job)
         if not request.return_dict:

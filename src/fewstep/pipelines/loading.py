@@ -28,6 +28,7 @@ NETWORKS = {
     "UNet2DConditionModel": "fewstep.models.unet",
     "AutoencoderKL": "fewstep.models.vae",
     "CLIPTextModel": "transformers",
+    "CLIPTextModelWithProjection": "transformers",
 }
 TOKENIZERS = {"CLIPTokenizer": "CLIPTokenizer", "CLIPTokenizerFast": "CLIPTokenizer"}
 # Components that nothing here uses yet -> what their absence means.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..random import Generators
-from .images import check_output_type
+from .images import Pictures, check_output_type
 from .notices import warn_caller
 from .text import check_embeds, check_prompt
 
@@ -36,15 +36,26 @@ class Request:
     Raises RequestError for a value that no pipeline can serve.
     """
 
-    prompt: str | list[str] | None
-    num_inference_steps: int
-    guidance_scale: float
+    prompt: str | list[str] | None = None
+    prompt_2: str | list[str] | None = None  # SDXL's second text encoder
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
     height: int | None = None
     width: int | None = None
+    image: Pictures | None = None
+    mask_image: Pictures | None = None
+    masked_image_latents: Tensor | None = None
+    padding_mask_crop: int | None = None
+    mask_blur: float = 0.0
+    paste_back: bool = False
     strength: float | None = None
     timesteps: Sequence[int] | None = None
     original_inference_steps: int | None = None
+    lcm_origin_steps: int | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
     negative_prompt: str | list[str] | None = None
+    negative_prompt_2: str | list[str] | None = None
     num_images_per_prompt: int = 1
     eta: float = 0.0
     guidance_rescale: float = 0.0
@@ -52,16 +63,33 @@ class Request:
     latents: Tensor | None = None
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
+    pooled_prompt_embeds: Tensor | None = None
+    negative_pooled_prompt_embeds: Tensor | None = None
+    original_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_crops_coords_top_left: tuple[int, int] = (0, 0)
+    negative_target_size: tuple[int, int] | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
+    control_image: Pictures | Sequence[Pictures] | None = None
+    controlnet_conditioning_scale: float | Sequence[float] = 1.0
+    guess_mode: bool = False
+    control_guidance_start: float | Sequence[float] = 0.0
+    control_guidance_end: float | Sequence[float] = 1.0
+    adapter_conditioning_scale: float | Sequence[float] = 1.0
+    adapter_conditioning_factor: float = 1.0
     clip_skip: int | None = None
     output_type: str = "pil"
     return_dict: bool = True
     callback_on_step_end: Callback | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
+    cross_attention_kwargs: dict[str, Any] | None = None
     # Arguments of diffusers that cannot be served yet: None only.
     sigmas: None = None
     ip_adapter_image: None = None
     ip_adapter_image_embeds: None = None
-    cross_attention_kwargs: None = None
 
     def __post_init__(self) -> None:
         self.check_supported()
@@ -88,6 +116,10 @@ class Request:
 
     def check_text(self) -> None:
         """Refuse prompts that are absent, doubly given or of the wrong type."""
+        for name in ("prompt_2", "negative_prompt_2"):
+            if (text := getattr(self, name)) is not None:
+                check_prompt(name, text)
+                self.check_count(name, text)
         for name in ("prompt", "negative_prompt"):
             text, embeds = getattr(self, name), getattr(self, f"{name}_embeds")
             if text is not None and embeds is not None:
@@ -100,10 +132,13 @@ class Request:
                 check_embeds(f"{name}_embeds", embeds)
         if self.prompt is None and self.prompt_embeds is None:
             raise RequestError("prompt is missing: give prompt or prompt_embeds")
-        negative = self.negative_prompt
-        if isinstance(negative, (list, tuple)) and len(negative) != self.prompts:
+        self.check_count("negative_prompt", self.negative_prompt)
+
+    def check_count(self, name: str, texts: str | list[str] | None) -> None:
+        """Refuse a list of texts that is not one per prompt."""
+        if isinstance(texts, (list, tuple)) and len(texts) != self.prompts:
             raise RequestError(
-                f"negative_prompt holds {len(negative)} texts, but there are {self.prompts} "
+                f"{name} holds {len(texts)} texts, but there are {self.prompts} "
                 "prompts; give one, or one per prompt"
             )
 
@@ -125,6 +160,12 @@ class Request:
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value <= 1:
                 raise RequestError(f"{name} must be in [0, 1], got {value!r}")
+        for name in ("denoising_start", "denoising_end"):
+            value = getattr(self, name)
+            if value is not None and not (is_number(value) and 0 < value < 1):
+                raise RequestError(f"{name} must be in (0, 1), got {value!r}")
+        if not is_number(self.mask_blur) or self.mask_blur < 0:
+            raise RequestError(f"mask_blur must be at least 0 pixels, got {self.mask_blur!r}")
 
     def check_generators(self) -> None:
         """Refuse anything but one generator, or one per picture."""

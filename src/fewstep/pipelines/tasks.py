@@ -1,271 +1,208 @@
-"""The tasks: each is the `__call__` of the pipelines that catalog.py lists for it.
+"""The tasks: what a request becomes before the loop. catalog.py lists the pipelines of each.
 
-A task turns its arguments into a Request, a plan of times and a start; the rest is shared.
+A task makes a plan of times and a start of a Request; the rest is shared.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import RequestError
 from ..schedulers import LCMScheduler, Plan
-from .arguments import documented
 from .denoise import Job
-from .families import StableDiffusion, StableDiffusionPipelineOutput
-from .images import Pictures, preprocess
-from .request import Callback, Request
+from .families import StableDiffusion
+from .images import preprocess
+from .masks import Canvas, canvas_of
+from .request import Request
 
-Result = StableDiffusionPipelineOutput | tuple[list[PIL.Image.Image] | np.ndarray | Tensor, None]
 
-
-@documented
-def text_to_image(
-    self: StableDiffusion,
-    prompt: str | list[str] | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    num_inference_steps: int = 50,
-    timesteps: list[int] | None = None,
-    sigmas: None = None,
-    guidance_scale: float = 7.5,
-    negative_prompt: str | list[str] | None = None,
-    num_images_per_prompt: int = 1,
-    eta: float = 0.0,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    latents: Tensor | None = None,
-    prompt_embeds: Tensor | None = None,
-    negative_prompt_embeds: Tensor | None = None,
-    ip_adapter_image: None = None,
-    ip_adapter_image_embeds: None = None,
-    output_type: str = "pil",
-    return_dict: bool = True,
-    cross_attention_kwargs: None = None,
-    guidance_rescale: float = 0.0,
-    clip_skip: int | None = None,
-    callback_on_step_end: Callback | None = None,
-    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-) -> Result:
+def text_to_image(pipe: StableDiffusion, request: Request) -> Any:
     """Pictures of a text."""
-    request = Request(
-        prompt=prompt,
-        height=height,
-        width=width,
-        num_inference_steps=num_inference_steps,
-        timesteps=timesteps,
-        sigmas=sigmas,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        num_images_per_prompt=num_images_per_prompt,
-        eta=eta,
-        generator=generator,
-        latents=latents,
-        prompt_embeds=prompt_embeds,
-        negative_prompt_embeds=negative_prompt_embeds,
-        ip_adapter_image=ip_adapter_image,
-        ip_adapter_image_embeds=ip_adapter_image_embeds,
-        output_type=output_type,
-        return_dict=return_dict,
-        cross_attention_kwargs=cross_attention_kwargs,
-        guidance_rescale=guidance_rescale,
-        clip_skip=clip_skip,
-        callback_on_step_end=callback_on_step_end,
-        callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-    )
-    return self.generate(request, self.plan(request), Job.from_noise)
+    return pipe.generate(request, section(pipe, pipe.plan(request), request), Job.from_noise)
 
 
-@documented
-def image_to_image(
-    self: StableDiffusion,
-    prompt: str | list[str] | None = None,
-    image: Pictures | None = None,
-    strength: float = 0.8,
-    num_inference_steps: int = 50,
-    timesteps: list[int] | None = None,
-    sigmas: None = None,
-    guidance_scale: float = 7.5,
-    negative_prompt: str | list[str] | None = None,
-    num_images_per_prompt: int = 1,
-    eta: float = 0.0,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    prompt_embeds: Tensor | None = None,
-    negative_prompt_embeds: Tensor | None = None,
-    ip_adapter_image: None = None,
-    ip_adapter_image_embeds: None = None,
-    output_type: str = "pil",
-    return_dict: bool = True,
-    cross_attention_kwargs: None = None,
-    clip_skip: int | None = None,
-    callback_on_step_end: Callback | None = None,
-    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-) -> Result:
+def image_to_image(pipe: StableDiffusion, request: Request) -> Any:
     """Pictures of a text, made from other pictures: the last `strength` of the steps are taken."""
-    request = Request(
-        prompt=prompt,
-        strength=strength,
-        num_inference_steps=num_inference_steps,
-        timesteps=timesteps,
-        sigmas=sigmas,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        num_images_per_prompt=num_images_per_prompt,
-        eta=eta,
-        generator=generator,
-        prompt_embeds=prompt_embeds,
-        negative_prompt_embeds=negative_prompt_embeds,
-        ip_adapter_image=ip_adapter_image,
-        ip_adapter_image_embeds=ip_adapter_image_embeds,
-        output_type=output_type,
-        return_dict=return_dict,
-        cross_attention_kwargs=cross_attention_kwargs,
-        clip_skip=clip_skip,
-        callback_on_step_end=callback_on_step_end,
-        callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+    plan = section(pipe, pipe.plan(request), request)
+    request, start = from_image(pipe, request)
+    return pipe.generate(request, plan, start)
+
+
+def inpaint(pipe: StableDiffusion, request: Request) -> Any:
+    """Pictures in which the white part of a mask is drawn anew, by a text."""
+    plan = section(pipe, pipe.plan(request), request)
+    size = pipe.size(request)
+    canvas = canvas_of(
+        request.image,
+        request.mask_image,
+        size,
+        pipe.vae.config.latent_channels,
+        crop=request.padding_mask_crop,
+        blur=request.mask_blur,
+        paste_back=request.paste_back,
     )
-    plan = last_steps(self.plan(request), strength)
-    request, start = from_image(self, request, image)
-    return self.generate(request, plan, start)
+    if canvas.finish is not None and request.output_type != "pil":
+        raise RequestError(
+            f"output_type={request.output_type!r} cannot be pasted back; use 'pil', or leave out "
+            "paste_back and padding_mask_crop"
+        )
+    for name, given in (("image", canvas.pictures), ("mask_image", canvas.masks)):
+        check_pictures(name, given, request)
+
+    def start(job: Job) -> Job:
+        return repainting(pipe, request, canvas, job)
+
+    return pipe.generate(request, plan, start, canvas.finish)
 
 
-@documented
-def lcm_text_to_image(
-    self: StableDiffusion,
-    prompt: str | list[str] | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    num_inference_steps: int = 4,
-    original_inference_steps: int | None = None,
-    timesteps: list[int] | None = None,
-    guidance_scale: float = 8.5,
-    num_images_per_prompt: int = 1,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    latents: Tensor | None = None,
-    prompt_embeds: Tensor | None = None,
-    ip_adapter_image: None = None,
-    ip_adapter_image_embeds: None = None,
-    output_type: str = "pil",
-    return_dict: bool = True,
-    cross_attention_kwargs: None = None,
-    clip_skip: int | None = None,
-    callback_on_step_end: Callback | None = None,
-    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    *,
-    negative_prompt: str | list[str] | None = None,
-    lcm_origin_steps: int | None = None,
-) -> Result:
+def lcm_text_to_image(pipe: StableDiffusion, request: Request) -> Any:
     """Pictures of a text, in a few steps of a guidance-distilled latent consistency model."""
-    request = Request(
-        prompt=prompt,
-        height=height,
-        width=width,
-        num_inference_steps=num_inference_steps,
-        original_inference_steps=one_of(original_inference_steps, lcm_origin_steps),
-        timesteps=timesteps,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        num_images_per_prompt=num_images_per_prompt,
-        generator=generator,
-        latents=latents,
-        prompt_embeds=prompt_embeds,
-        ip_adapter_image=ip_adapter_image,
-        ip_adapter_image_embeds=ip_adapter_image_embeds,
-        output_type=output_type,
-        return_dict=return_dict,
-        cross_attention_kwargs=cross_attention_kwargs,
-        clip_skip=clip_skip,
-        callback_on_step_end=callback_on_step_end,
-        callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-    )
-    return self.generate(request, lcm_plan(self, request), Job.from_noise)
+    return pipe.generate(request, lcm_plan(pipe, request), Job.from_noise)
 
 
-@documented
-def lcm_image_to_image(
-    self: StableDiffusion,
-    prompt: str | list[str] | None = None,
-    image: Pictures | None = None,
-    num_inference_steps: int = 4,
-    strength: float = 0.8,
-    original_inference_steps: int | None = None,
-    timesteps: list[int] | None = None,
-    guidance_scale: float = 8.5,
-    num_images_per_prompt: int = 1,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    latents: Tensor | None = None,
-    prompt_embeds: Tensor | None = None,
-    ip_adapter_image: None = None,
-    ip_adapter_image_embeds: None = None,
-    output_type: str = "pil",
-    return_dict: bool = True,
-    cross_attention_kwargs: None = None,
-    clip_skip: int | None = None,
-    callback_on_step_end: Callback | None = None,
-    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    *,
-    negative_prompt: str | list[str] | None = None,
-    lcm_origin_steps: int | None = None,
-) -> Result:
+def lcm_image_to_image(pipe: StableDiffusion, request: Request) -> Any:
     """Pictures of a text, made from other pictures in a few steps of a latent consistency model.
 
     All steps are taken; `strength` says how high the noise is that they start from.
     """
-    request = Request(
-        prompt=prompt,
-        strength=strength,
-        num_inference_steps=num_inference_steps,
-        original_inference_steps=one_of(original_inference_steps, lcm_origin_steps),
-        timesteps=timesteps,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        num_images_per_prompt=num_images_per_prompt,
-        generator=generator,
-        latents=latents,
-        prompt_embeds=prompt_embeds,
-        ip_adapter_image=ip_adapter_image,
-        ip_adapter_image_embeds=ip_adapter_image_embeds,
-        output_type=output_type,
-        return_dict=return_dict,
-        cross_attention_kwargs=cross_attention_kwargs,
-        clip_skip=clip_skip,
-        callback_on_step_end=callback_on_step_end,
-        callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-    )
-    plan = lcm_plan(self, request, strength=strength)
-    request, start = from_image(self, request, image)
-    return self.generate(request, plan, start)
+    plan = lcm_plan(pipe, request, strength=request.strength)
+    request, start = from_image(pipe, request)
+    return pipe.generate(request, plan, start)
 
 
-def from_image(
-    pipe: StableDiffusion, request: Request, image: Pictures | None
-) -> tuple[Request, Callable[[Job], Job]]:
-    """The request with the size of `image`, and the start from it: z_0 noised to the first time."""
-    if image is None:
+# ── where a run starts ──
+
+
+def from_image(pipe: StableDiffusion, request: Request) -> tuple[Request, Callable[[Job], Job]]:
+    """The request with the size of its image, and the start from it: z_0 noised to the first time.
+
+    With `denoising_start` the image is taken as it is: another model has left it at that noise.
+    """
+    if request.image is None:
         raise RequestError("image is missing: give the picture to start from")
     factor = pipe.vae_scale_factor
-    channels = pipe.vae.config.latent_channels
-    pictures = preprocess(image, factor, channels)
-    if len(pictures) not in (1, request.prompts):
-        raise RequestError(
-            f"image holds {len(pictures)} pictures, but there are {request.prompts} prompts; "
-            "give one picture, or one per prompt"
-        )
+    pictures = preprocess(request.image, factor, pipe.vae.config.latent_channels)
+    check_pictures("image", pictures, request)
     is_latent = pictures.shape[1] != 3
     height, width = (side * factor if is_latent else side for side in pictures.shape[2:])
 
     def start(job: Job) -> Job:
+        if job.z is not None:
+            return job
         z0 = pipe.encode_image(pictures, job)
-        first = job.plan.timesteps[0].expand(len(z0))
-        return replace(job, z=pipe.sampler.add_noise(z0, job.draw(), first))
+        if request.denoising_start is not None:
+            return replace(job, z=z0)
+        return replace(job, z=noised(pipe, z0, job.draw(), job))
 
     return replace(request, height=height, width=width), start
+
+
+def check_pictures(name: str, pictures: Tensor, request: Request) -> None:
+    """Raises RequestError unless there is one picture, or one per prompt."""
+    if len(pictures) not in (1, request.prompts):
+        raise RequestError(
+            f"{name} holds {len(pictures)} pictures, but there are {request.prompts} prompts; "
+            "give one picture, or one per prompt"
+        )
+
+
+def noised(pipe: StableDiffusion, z0: Tensor, noise: Tensor, job: Job) -> Tensor:
+    """`z0` (B, C, h, w) at the first time of the job's plan."""
+    return pipe.sampler.add_noise(z0, noise, job.plan.timesteps[0].expand(len(z0)))
+
+
+def repainting(pipe: StableDiffusion, request: Request, canvas: Canvas, job: Job) -> Job:
+    """The job of an inpainting request, with its start and what keeps the rest of the picture.
+
+    A UNet of 2C + 1 channels sees the mask and the masked picture. With any other, the known part
+    is put back after each step at the noise of the next.
+    """
+    sees_mask = pipe.unet.config.in_channels != pipe.vae.config.latent_channels
+    is_pure = request.strength == 1 and request.denoising_start is None
+    # diffusers' order of draws: the picture's posterior, the start, the masked picture's posterior.
+    needs_picture = not sees_mask or (job.z is None and not is_pure)
+    z0 = pipe.encode_image(canvas.pictures, job) if needs_picture else None
+    noise = job.draw() if job.z is None else job.z
+    if job.z is not None:
+        z = job.z
+    elif is_pure or z0 is None:
+        z = noise * job.start_scale
+    else:
+        z = z0 if request.denoising_start is not None else noised(pipe, z0, noise, job)
+    job = replace(job, z=z)
+    copies = job.shape[0] // len(canvas.masks)
+    mask = F.interpolate(canvas.masks, size=job.shape[2:]).to(z.device, z.dtype)
+    mask = mask.repeat_interleave(copies, 0)
+    masked = masked_latents(pipe, request, canvas, job)
+    if sees_mask:
+        return replace(job, extra_channels=torch.cat([mask, masked], 1).to(pipe.unet.dtype))
+    assert z0 is not None
+    known = z0
+
+    def keep(z: Tensor, t_next: Tensor) -> Tensor:
+        last = t_next < 0
+        at = pipe.sampler.add_noise(known, noise, t_next.clamp(min=0))
+        at = torch.where(last.reshape(-1, 1, 1, 1), known, at)
+        return (1 - mask) * at + mask * z
+
+    return replace(job, keep=keep)
+
+
+def masked_latents(pipe: StableDiffusion, request: Request, canvas: Canvas, job: Job) -> Tensor:
+    """Latents (B, C, h, w) of the picture with its white part grey."""
+    if request.masked_image_latents is not None:
+        given = request.masked_image_latents
+        if tuple(given.shape[1:]) != job.shape[1:] or job.shape[0] % len(given):
+            raise RequestError(
+                f"masked_image_latents must have shape {job.shape}, got {tuple(given.shape)}"
+            )
+        z = given.to(job.cond.text.device, job.dtype)
+        return z.repeat_interleave(job.shape[0] // len(z), 0)
+    if canvas.pictures.shape[1] != 3:
+        raise RequestError(
+            "image holds latents, from which no masked picture can be made; give "
+            "masked_image_latents too"
+        )
+    return pipe.encode_image(canvas.pictures * (canvas.masks < 0.5), job)
+
+
+# ── which times a run takes ──
+
+
+def section(pipe: StableDiffusion, plan: Plan, request: Request) -> Plan:
+    """The steps of a plan that strength, denoising_start and denoising_end leave."""
+    total = len(pipe.sampler)
+    if request.denoising_start is not None:
+        begin = int((plan.timesteps >= round(total * (1 - request.denoising_start))).sum())
+        plan = steps_of(plan, begin, len(plan.timesteps))
+    elif request.strength is not None:
+        plan = last_steps(plan, request.strength)
+    if request.denoising_end is not None:
+        start = request.denoising_start
+        if start is not None and start >= request.denoising_end:
+            raise RequestError(
+                f"denoising_start={start} must be less than denoising_end={request.denoising_end}"
+            )
+        end = int((plan.timesteps >= round(total * (1 - request.denoising_end))).sum())
+        plan = steps_of(plan, 0, end)
+    if not len(plan.timesteps):
+        raise RequestError(
+            f"denoising_start={request.denoising_start} and denoising_end={request.denoising_end} "
+            f"leave no step of num_inference_steps={request.num_inference_steps}; use more steps"
+        )
+    return plan
+
+
+def steps_of(plan: Plan, begin: int, end: int) -> Plan:
+    """Steps `begin` to `end` - 1 of a plan."""
+    return Plan(plan.timesteps[begin:end], plan.next_timesteps[begin:end])
 
 
 def last_steps(plan: Plan, strength: float) -> Plan:
@@ -278,7 +215,7 @@ def last_steps(plan: Plan, strength: float) -> Plan:
             f"strength={strength} leaves no step of num_inference_steps={steps}; "
             f"use strength >= {least:g} or more steps"
         )
-    return Plan(plan.timesteps[steps - kept :], plan.next_timesteps[steps - kept :])
+    return steps_of(plan, steps - kept, steps)
 
 
 def lcm_plan(pipe: StableDiffusion, request: Request, **arguments: Any) -> Plan:
@@ -294,9 +231,8 @@ def lcm_plan(pipe: StableDiffusion, request: Request, **arguments: Any) -> Plan:
             f"scheduler must be an LCMScheduler, got {type(pipe.scheduler).__name__}; "
             "set pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)"
         )
-    return pipe.plan(
-        request, original_inference_steps=request.original_inference_steps, **arguments
-    )
+    original = one_of(request.original_inference_steps, request.lcm_origin_steps)
+    return pipe.plan(request, original_inference_steps=original, **arguments)
 
 
 def one_of(original_inference_steps: int | None, lcm_origin_steps: int | None) -> int | None:

@@ -55,6 +55,32 @@ def encode_text(
     return model.final_layer_norm(hidden[-(clip_skip + 1)])
 
 
+def hidden_text(
+    tokenizer: Any, text_encoder: Any, prompts: Sequence[str], clip_skip: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(embeddings (P, L, D) of the last layer but one, pooled texts (P, Q) if it projects them).
+
+    As SDXL reads them: without the final norm; `clip_skip` leaves out that many layers more.
+    """
+    layers = text_encoder.config.num_hidden_layers
+    if clip_skip is not None and not 0 <= clip_skip < layers - 1:
+        raise RequestError(
+            f"clip_skip must lie in [0, {layers - 2}] (the text encoder has {layers} layers, and "
+            f"SDXL leaves out one more), got {clip_skip}"
+        )
+    limit = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    tokens = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=limit,
+        truncation=True,
+        return_tensors="pt",
+    )
+    warn_of_cut_text(tokenizer, prompts, limit)
+    found = text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=True)
+    return found.hidden_states[-(2 + (clip_skip or 0))], getattr(found, "text_embeds", None)
+
+
 def warn_of_cut_text(tokenizer: Any, prompts: Sequence[str], limit: int) -> None:
     """Warn, quoting it, of text that `limit` tokens do not hold."""
     whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids

@@ -1,0 +1,75 @@
+"""The public `__call__` of each pipeline, made of a task and a line that lists its arguments.
+
+The lines hold names in diffusers' order, so that positional calls work, and the defaults that
+differ from `Request`'s. Arguments behind `*` are ours and go by keyword only.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any
+
+from .arguments import MEANINGS, hint
+from .request import Request
+
+Task = Callable[[Any, Request], Any]
+
+DEFAULTS = {
+    field.name: None if field.default is MISSING else field.default for field in fields(Request)
+}
+TYPES = {field.name: field.type for field in fields(Request)}
+
+
+def call(task: Task, arguments: str) -> Callable[..., Any]:
+    """A pipeline's `__call__`: binds `arguments` to a Request, which it gives to `task`.
+
+    An unknown keyword is a TypeError that says what may have been meant.
+    """
+    signature = signature_of(arguments)
+    names = [name for name in signature.parameters if name != "self"]
+
+    def __call__(*args: Any, **kwargs: Any) -> Any:
+        pipe = args[0]
+        for name in kwargs:
+            if name not in names:
+                raise TypeError(
+                    f"{type(pipe).__name__} got an unknown argument {name!r}{hint(name, names)}"
+                )
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        asked = dict(bound.arguments)
+        return task(asked.pop("self"), Request(**asked))
+
+    __call__.__signature__ = signature  # type: ignore[attr-defined]
+    __call__.__doc__ = docstring(task, names)
+    return __call__
+
+
+def signature_of(arguments: str) -> inspect.Signature:
+    """The signature that a line such as "prompt num_inference_steps=4 * seed" describes."""
+    kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter("self", kind)]
+    for entry in arguments.split():
+        if entry == "*":
+            kind = inspect.Parameter.KEYWORD_ONLY
+            continue
+        name, _, value = entry.partition("=")
+        default = ast.literal_eval(value) if value else DEFAULTS[name]
+        parameters.append(inspect.Parameter(name, kind, default=default, annotation=TYPES[name]))
+    return inspect.Signature(parameters)
+
+
+def docstring(task: Task, names: list[str]) -> str:
+    """The task's docstring with its arguments explained."""
+    lines = [
+        textwrap.fill(
+            f"{name}: {MEANINGS[name]}", 96, initial_indent="    ", subsequent_indent=" " * 8
+        )
+        for name in names
+    ]
+    raises = "Raises RequestError, before any work, for a value that cannot be served."
+    return "\n".join([inspect.cleandoc(task.__doc__ or ""), "", "Args:", *lines, "", raises])
