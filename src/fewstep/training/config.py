@@ -85,6 +85,7 @@ class TeacherPhase:
     scheduler: Mapping[str, Any]
     empty_captions: float = 0.1
     min_snr: float = 5.0  # gamma of Min-SNR weights; 0: all times count the same
+    time_power: float = 1.0  # times are T u^(1/power), u uniform: above 1 noise is seen more often
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,12 @@ class Draws:
         """`count` int64 numbers from `low` to `high` - 1."""
         return torch.randint(low, high, (count,), generator=self.generator, device=self.device)
 
+    def times(self, count: int, steps: int, power: float = 1.0) -> Tensor:
+        """`count` times from 0 to `steps` - 1, of a density that grows as t^(power - 1)."""
+        if power == 1.0:
+            return self.integers(0, steps, count)
+        return (steps * self.uniform(0, 1, count) ** (1 / power)).long().clamp(max=steps - 1)
+
     def uniform(self, low: float, high: float, count: int) -> Tensor:
         """`count` numbers in [low, high)."""
         return low + (high - low) * torch.rand(count, generator=self.generator, device=self.device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...diffusion import guidance_embedding
 from ...models.unet import UNet2DConditionModel
+from ...models.vae import AutoencoderKL
 from ...pipelines.catalog import LatentConsistencyModelPipeline, StableDiffusionPipeline
 from ...schedulers import DDIMScheduler, LCMScheduler
 from ..config import ConsistencyPhase, Recipe
@@ -50,6 +51,7 @@ class Consistency:
         self.parts.to(device)
         self.teacher = self.parts.unet.requires_grad_(False).eval()
         self.text_encoder = self.parts.text_encoder.requires_grad_(False).eval()
+        assert isinstance(self.parts.vae, AutoencoderKL)  # as the first phase wrote it
         self.data = encoded_scenes(recipe, root / "latents", self.parts.vae, self.parts.tokenizer)
         tokens = torch.from_numpy(tokenize(self.parts.tokenizer, [""])).long().to(device)
         with torch.no_grad():

@@ -52,7 +52,7 @@ class Teacher:
         tokens = torch.from_numpy(self.data.tokens[rows]).long().to(self.device)
         draws = Draws(seed, step, self.device)
         noise = draws.normal(z.shape)
-        t = draws.integers(0, len(self.schedule), batch)
+        t = draws.times(batch, len(self.schedule), self.settings.time_power)
         dropped = draws.uniform(0, 1, batch) < self.settings.empty_captions
         tokens = torch.where(dropped[:, None], self.empty, tokens)
         text = self.text_encoder(tokens).last_hidden_state
