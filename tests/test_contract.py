@@ -30,9 +30,12 @@ MAY_IMPORT = {
     "schedulers": BASE | {"diffusion", "checkpoints"},
     "pipelines": BELOW_PIPELINES | {"fewstep"},
     "utils": BASE | {"pipelines"},
+    "loaders": {"pipelines"},
+    "annotate": BASE,
     "training": BELOW_PIPELINES | {"pipelines"},
     "evaluation": BELOW_PIPELINES | {"pipelines", "training"},
-    "cli": BELOW_PIPELINES | {"pipelines", "utils", "training", "evaluation", "fewstep"},
+    "cli": BELOW_PIPELINES
+    | {"pipelines", "utils", "annotate", "training", "evaluation", "fewstep"},
     "__main__": {"cli"},
 }
 

@@ -5,6 +5,7 @@ Final latents agree to 1e-4 in float32, pictures to one level in 255.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable
@@ -44,17 +45,71 @@ SSD_UNET = XL_UNET | {
     "reverse_transformer_layers_per_block": ((2, 3), (2, 1), 1),
 }
 NINE = {"in_channels": 9}
+EMBEDDED = {"time_cond_proj_dim": 32}
+SD1_UNET = UNET | {
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
 # Family -> (class stem, UNet, VAE, scheduler).
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "sd": ("StableDiffusion", UNET, VAE, "DDIMScheduler"),
-    "sd lcm": ("StableDiffusion", UNET | {"time_cond_proj_dim": 32}, VAE, "LCMScheduler"),
+    "sd lcm": ("StableDiffusion", UNET | EMBEDDED, VAE, "LCMScheduler"),
     "sd inpainting": ("StableDiffusion", UNET | NINE, VAE, "LCMScheduler"),
     "xl": ("StableDiffusionXL", XL_UNET, VAE, "DDIMScheduler"),
-    "xl lcm": ("StableDiffusionXL", XL_UNET | {"time_cond_proj_dim": 32}, VAE, "LCMScheduler"),
+    "xl lcm": ("StableDiffusionXL", XL_UNET | EMBEDDED, VAE, "LCMScheduler"),
     "xl on lcm": ("StableDiffusionXL", XL_UNET, VAE, "LCMScheduler"),
     "xl inpainting": ("StableDiffusionXL", XL_UNET | NINE, VAE, "LCMScheduler"),
     "ssd-1b": ("StableDiffusionXL", SSD_UNET, VAE, "LCMScheduler"),
+    "sd1": ("StableDiffusion", SD1_UNET, VAE, "LCMScheduler"),
+    "sd1 lcm": ("StableDiffusion", SD1_UNET | EMBEDDED, VAE, "LCMScheduler"),
 }
+# What stands beside the UNet: (suffix of the class, keyword, class, config of each).
+HINT = {"conditioning_embedding_out_channels": (4, 8, 8, 8)}
+SKIPPED = ("sample_size", "out_channels", "up_block_types", "time_cond_proj_dim")
+
+
+def encoder_of(unet: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in unet.items() if k not in SKIPPED} | HINT
+
+
+BESIDE: dict[str, tuple[str, str, str, list[dict[str, Any]]]] = {
+    "control": ("ControlNet", "controlnet", "ControlNetModel", [{}]),
+    "two controls": ("ControlNet", "controlnet", "ControlNetModel", [{}, {}]),
+    "adapter": (
+        "Adapter",
+        "adapter",
+        "T2IAdapter",
+        [{"channels": [8, 16, 16], "num_res_blocks": 1, "downscale_factor": 8}],
+    ),
+    "light adapter": (
+        "Adapter",
+        "adapter",
+        "T2IAdapter",
+        [
+            {
+                "channels": [8, 16],
+                "num_res_blocks": 1,
+                "downscale_factor": 8,
+                "adapter_type": "light_adapter",
+            }
+        ],
+    ),
+    "xl adapter": (
+        "Adapter",
+        "adapter",
+        "T2IAdapter",
+        [
+            {
+                "channels": [8, 16, 16, 16],
+                "num_res_blocks": 1,
+                "downscale_factor": 16,
+                "adapter_type": "full_adapter_xl",
+            }
+        ],
+    ),
+}
+BESIDE["two adapters"] = (*BESIDE["adapter"][:3], BESIDE["adapter"][3] * 2)
 SUFFIX = {"text": "Pipeline", "image": "Img2ImgPipeline", "inpaint": "InpaintPipeline"}
 
 
@@ -108,15 +163,44 @@ def folders(
 
 
 @pytest.fixture(scope="session")
-def pair(folders: dict[str, Path]) -> Callable[[str, str], tuple[Any, Any]]:
-    """(diffusers' pipeline, ours) of a family and a task."""
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Path]]:
+    """Folders of the networks beside the UNet of a family."""
 
     @cache
-    def load(family: str, task: str) -> tuple[Any, Any]:
-        name = MODELS[family][0] + SUFFIX[task]
+    def write(family: str, kind: str) -> list[Path]:
+        _, _, name, configs = BESIDE[kind]
+        found = []
+        for seed, config in enumerate(configs):
+            torch.manual_seed(10 + seed)
+            if name == "ControlNetModel":
+                config = encoder_of(MODELS[family][1])
+            network = getattr(diffusers, name)(**config)
+            for parameter in network.parameters():  # zero convolutions would hide everything
+                if not parameter.any():
+                    torch.nn.init.normal_(parameter, std=0.1)
+            found.append(tmp_path_factory.mktemp("beside"))
+            network.save_pretrained(found[-1])
+        return found
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def pair(folders: dict[str, Path], beside: Any) -> Callable[..., tuple[Any, Any]]:
+    """(diffusers' pipeline, ours) of a family and a task, with something beside the UNet."""
+
+    @cache
+    def load(family: str, task: str, kind: str = "") -> tuple[Any, Any]:
+        name = MODELS[family][0] + (BESIDE[kind][0] if kind else "") + SUFFIX[task]
         pipes = []
         for library in (diffusers, fewstep):
-            pipe = getattr(library, name).from_pretrained(folders[family])
+            parts: dict[str, Any] = {}
+            if kind:
+                _, keyword, network, _ = BESIDE[kind]
+                loader = getattr(library, network)
+                each = [loader.from_pretrained(folder) for folder in beside(family, kind)]
+                parts[keyword] = each[0] if len(each) == 1 else each
+            pipe = getattr(library, name).from_pretrained(folders[family], **parts)
             pipe.set_progress_bar_config(disable=True)
             if not hasattr(pipe.text_encoder, "text_model"):
                 object.__setattr__(pipe.text_encoder, "text_model", pipe.text_encoder)
@@ -262,6 +346,98 @@ def test_latents_and_pictures_equal_diffusers(pair: Any, case: str) -> None:
     shown = (decoded / 2 + 0.5).clamp(0, 1)
     mine = ours(**arguments_of(family, task, changes), output_type="pt").images
     assert (mine - shown).abs().max() <= 1 / 255
+
+
+STEERED: dict[str, Arguments] = {
+    "defaults": lambda: {},
+    "no guidance": lambda: {"guidance_scale": 1.0},
+    "prompts x 2": COMMON["prompts x 2"],
+}
+CONTROL: dict[str, Arguments] = {
+    "scale": lambda: {"controlnet_conditioning_scale": 0.4},
+    "window": lambda: {"control_guidance_start": 0.25, "control_guidance_end": 0.75},
+    "guess": lambda: {"guess_mode": True},
+    "guess without guidance": lambda: {"guess_mode": True, "guidance_scale": 1.0},
+}
+TWO: dict[str, Arguments] = {
+    "scales": lambda: {"controlnet_conditioning_scale": [0.4, 1.3]},
+    "windows": lambda: {"control_guidance_start": [0.0, 0.5], "control_guidance_end": [0.5, 1.0]},
+}
+ADAPTER: dict[str, Arguments] = {"scale": lambda: {"adapter_conditioning_scale": 0.4}}
+FACTOR: dict[str, Arguments] = {"factor": lambda: {"adapter_conditioning_factor": 0.5}}
+PAIRS: dict[str, Arguments] = {"scales": lambda: {"adapter_conditioning_scale": [0.4, 1.3]}}
+
+
+def steered_cases() -> list[tuple[str, str, str, str, Arguments]]:
+    tables: list[tuple[str, str, str, dict[str, Arguments]]] = [
+        ("sd1", "control", "text", STEERED | CONTROL),
+        ("sd1 lcm", "control", "text", STEERED | CONTROL),
+        ("sd1", "control", "image", STEERED | CONTROL | STRENGTHS),
+        ("sd1", "control", "inpaint", STEERED | CONTROL | STRENGTHS),
+        ("sd1", "two controls", "text", STEERED | TWO),
+        ("xl", "control", "text", STEERED | CONTROL | XL),
+        ("xl lcm", "control", "text", STEERED | CONTROL),
+        ("xl", "control", "image", STEERED | CONTROL | STRENGTHS),
+        ("xl", "control", "inpaint", STEERED | CONTROL | STRENGTHS),
+        ("xl", "two controls", "text", TWO),
+        ("sd1", "adapter", "text", STEERED | ADAPTER),
+        ("sd1 lcm", "adapter", "text", STEERED | ADAPTER),
+        ("sd1", "light adapter", "text", STEERED | ADAPTER),
+        ("sd1", "two adapters", "text", PAIRS),
+        ("xl", "xl adapter", "text", STEERED | ADAPTER | FACTOR | XL),
+        ("xl lcm", "xl adapter", "text", STEERED | ADAPTER | FACTOR),
+    ]
+    return [(f, k, t, name, made) for f, k, t, table in tables for name, made in table.items()]
+
+
+STEERED_CASES = {
+    f"{family}, {kind}, {task}: {name}": (family, kind, task, made)
+    for family, kind, task, name, made in steered_cases()
+    if not (kind == "control" and name in ("denoising_end", "guidance_rescale"))
+}
+
+
+def steered_arguments(family: str, kind: str, task: str, changes: Arguments) -> dict[str, Any]:
+    arguments = arguments_of(family, task, changes)
+    width = 64 if kind == "light adapter" else 48  # whose features need multiples of 32
+    hints: Any = [picture(width, seed=8), picture(width, seed=9)][: len(BESIDE[kind][3])]
+    if "adapter" in kind:
+        arguments |= {"height": 32, "width": width}
+    hints = hints[0] if len(hints) == 1 else hints
+    arguments["image" if task == "text" else "control_image"] = hints
+    if isinstance(arguments["prompt"], list):
+        name = "image" if task == "text" else "control_image"
+        arguments[name] = [hints] * 2
+    return arguments
+
+
+@pytest.mark.parametrize("case", STEERED_CASES)
+def test_steered_latents_equal_diffusers(pair: Any, case: str) -> None:
+    family, kind, task, changes = STEERED_CASES[case]
+    theirs, ours = pair(family, task, kind)
+    made = functools.partial(steered_arguments, family, kind, task, changes)
+    expected = theirs(**made(), output_type="latent").images
+    latents = ours(**made(), output_type="latent").images
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "change"),
+    [
+        ("sd1", "control", {"controlnet_conditioning_scale": 0.0}),
+        ("sd1", "control", {"control_guidance_end": 0.5}),
+        ("xl", "control", {"guess_mode": True}),
+        ("sd1", "adapter", {"adapter_conditioning_scale": 0.0}),
+        ("xl", "xl adapter", {"adapter_conditioning_factor": 0.5}),
+    ],
+)
+def test_each_steering_argument_changes_the_result(
+    pair: Any, family: str, kind: str, change: dict[str, Any]
+) -> None:
+    _, ours = pair(family, "text", kind)
+    plain = ours(**steered_arguments(family, kind, "text", dict), output_type="latent").images
+    arguments = steered_arguments(family, kind, "text", lambda: change)
+    assert (plain - ours(**arguments, output_type="latent").images).abs().max() > 1e-3
 
 
 def test_every_call_takes_diffusers_arguments_in_diffusers_order() -> None:

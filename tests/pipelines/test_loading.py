@@ -220,8 +220,8 @@ def test_a_safety_checker_is_left_out_and_said_so(folder: Path) -> None:
 
 
 def test_what_is_not_implemented_is_named(folder: Path) -> None:
-    change_index(folder, vae=["diffusers", "AutoencoderTiny"])
-    with pytest.raises(UnsupportedConfig, match="the component vae is a AutoencoderTiny"):
+    change_index(folder, vae=["diffusers", "ConsistencyDecoderVAE"])
+    with pytest.raises(UnsupportedConfig, match="the component vae is a ConsistencyDecoderVAE"):
         DiffusionPipeline.from_pretrained(folder)
     change_index(folder, _class_name="FluxPipeline")
     with pytest.raises(UnsupportedConfig, match=r"FluxPipeline .* \(supported: Stable"):

@@ -6,19 +6,29 @@ A timestep is an int64 tensor of shape (B,): rows of one batch may stand at diff
 from .consistency import boundary_scalings, consistency_function, lcm_step, lcm_timesteps
 from .guidance import classifier_free_guidance, guidance_embedding, rescale_guidance
 from .noise_schedule import NoiseSchedule, betas_for, expand, rescale_to_zero_snr
-from .solvers import ddim_step
+from .solvers import (
+    adams_bashforth,
+    bounded_ddim_step,
+    ddim_step,
+    dpm_solver_step,
+    tcd_step,
+)
 
 __all__ = [
     "NoiseSchedule",
+    "adams_bashforth",
     "betas_for",
     "boundary_scalings",
+    "bounded_ddim_step",
     "classifier_free_guidance",
     "consistency_function",
     "ddim_step",
+    "dpm_solver_step",
     "expand",
     "guidance_embedding",
     "lcm_step",
     "lcm_timesteps",
     "rescale_guidance",
     "rescale_to_zero_snr",
+    "tcd_step",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -60,13 +60,15 @@ def rescale_to_zero_snr(betas: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """alpha_t and sigma_t at integer times, and what a network's output means there.
+    """alpha_t and sigma_t at times in [0, T - 1], and what a network's output means there.
 
-    The table stays float32 whatever the dtype of the latents; results have the latents' dtype.
+    The table stays float32 whatever the dtype of the latents; results have the latents' dtype. At
+    times between integers sigma_t / alpha_t is interpolated.
     """
 
     alphas_cumprod: Tensor  # (T,) float32, alpha_t squared
     prediction_type: PredictionType = "epsilon"
+    log_interpolation: bool = False  # interpolate the logarithm of sigma_t / alpha_t
 
     def __post_init__(self) -> None:
         if self.prediction_type not in get_args(PredictionType):
@@ -96,17 +98,32 @@ class NoiseSchedule:
 
     def to(self, device: torch.device | str) -> NoiseSchedule:
         """The same schedule with its table on `device`."""
-        return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction_type)
+        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t for `t` (B,), shaped to multiply `like` and in its dtype.
 
         A negative time stands behind the last step: alpha 1, sigma 0.
         """
+        if t.is_floating_point():
+            ratio = torch.where(t < 0, 0.0, self.ratio(t))
+            alpha = (1 + ratio**2).rsqrt()
+            alpha, sigma = (expand(v, like).to(like) for v in (alpha, ratio * alpha))
+            return alpha, sigma
         alpha_squared = self.alphas_cumprod.to(like.device)[t.clamp(min=0)]
         alpha_squared = torch.where(t < 0, torch.ones_like(alpha_squared), alpha_squared)
         alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
         return expand(alpha, like).to(like.dtype), expand(sigma, like).to(like.dtype)
+
+    def ratio(self, t: Tensor) -> Tensor:
+        """sigma_t / alpha_t (B,) at times `t` (B,), which may lie between integers."""
+        table = self.alphas_cumprod.to(t.device)
+        table = ((1 - table) / table).sqrt()
+        low = t.long().clamp(0, len(self) - 2)
+        if self.log_interpolation:
+            table = table.log()
+        between = torch.lerp(table[low], table[low + 1], (t - low).to(table.dtype))
+        return between.exp() if self.log_interpolation else between
 
     def add_noise(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """z_t from z_0 and noise of the same shape (B, ...)."""

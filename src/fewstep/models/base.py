@@ -17,6 +17,7 @@ from ..checkpoints.config import Config, write_json
 from ..checkpoints.locate import HOW_TO_CONVERT, Source
 from ..checkpoints.weights import load_weights, save_weights
 from ..errors import RequestError
+from .single_file import FromSingleFile
 
 CONFIG_NAME = "config.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -24,7 +25,7 @@ WEIGHTS_STEM = "diffusion_pytorch_model"
 ModelT = TypeVar("ModelT", bound="Model")
 
 
-class Model(nn.Module):
+class Model(FromSingleFile, nn.Module):
     """Base of the networks. A subclass names its `config_class`, and its constructor sets `config`.
 
     A subclass is built by keyword arguments, the keys of its config:

@@ -7,6 +7,7 @@ E time-embedding channels.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,16 @@ class ResnetBlock(nn.Module):
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
 
+class Prompted(NamedTuple):
+    """A text (B, L, D), and the tokens (B, N, D) of picture prompts for each IP-Adapter."""
+
+    text: Tensor
+    pictures: tuple[Tensor, ...]
+
+
+Context = Tensor | Prompted
+
+
 class Attention(nn.Module):
     """Multi-head attention of x (B, N, C) over a context (B, L, D), by default over x itself."""
 
@@ -91,8 +102,13 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim, channels, bias=bias)
         self.to_v = nn.Linear(context_dim, channels, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        # What IP-Adapters add (ip_adapter.py). A tuple, so that they are no part of this module.
+        self.pictures: tuple[nn.Module, ...] = ()
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        tokens: tuple[Tensor, ...] = ()
+        if isinstance(context, Prompted):
+            context, tokens = context
         context = x if context is None else context
         q, k, v = (
             y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
@@ -100,8 +116,11 @@ class Attention(nn.Module):
         )
         if self.upcast:
             q, k, v = q.float(), k.float(), v.float()
-        attended = F.scaled_dot_product_attention(q, k, v).to(x.dtype)
-        return self.to_out[0](attended.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        for own, seen in zip(self.pictures, tokens, strict=False):  # none without picture prompts
+            if own.scale:
+                attended = attended + own.scale * own(q, seen)
+        return self.to_out[0](attended.to(x.dtype).transpose(1, 2).flatten(2))
 
 
 class AttentionPooling(nn.Module):
@@ -179,7 +198,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Context) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
@@ -207,7 +226,7 @@ class Transformer2D(nn.Module):
         )
         self.proj_out = projection(channels, linear_projection)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Context) -> Tensor:
         h = self.norm(x)
         if not self.linear_projection:
             h = self.proj_in(h)

@@ -8,10 +8,10 @@ E time-embedding channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from ..outputs import Output
 from .base import Model
 from .freeu import FreeU
 from .layers import (
+    Context,
     Downsample,
+    Prompted,
     ResnetBlock,
     TextTimeEmbedding,
     TimestepEmbedding,
@@ -34,6 +36,8 @@ from .layers import (
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+UNetT = TypeVar("UNetT", bound="UNet2DConditionModel")
+
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 
 
@@ -171,17 +175,26 @@ class DownBlock(nn.Module):
         )
         if attention is not None:
             self.attentions = nn.ModuleList(layout.attention(out_channels, *a) for a in attention)
+        self.motion_modules: nn.ModuleList | None = None  # one per resnet (see motion.py)
         self.downsamplers = nn.ModuleList([Downsample(out_channels)]) if downsample else None
 
     def forward(
-        self, x: Tensor, temb: Tensor, text: Tensor, feature: Tensor | None = None
+        self,
+        x: Tensor,
+        temb: Tensor,
+        text: Context,
+        feature: Tensor | None = None,
+        frames: int = 1,
     ) -> tuple[Tensor, list[Tensor]]:
         """`feature` is a T2I-Adapter's for this block."""
         skips = []
         has_attention = hasattr(self, "attentions")
-        for resnet, attention in zip(self.resnets, attentions_of(self), strict=True):
+        for index, (resnet, attention) in enumerate(
+            zip(self.resnets, attentions_of(self), strict=True)
+        ):
             x = resnet(x, temb)
             x = x if attention is None else attention(x, text)
+            x = moved(self, index, x, frames)
             skips.append(x)
         if feature is not None and has_attention:
             x = skips[-1] = x + feature
@@ -204,11 +217,13 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(layout.resnet(channels, channels) for _ in range(count))
         if attention is not None:
             self.attentions = nn.ModuleList([layout.attention(channels, *attention)])
+        self.motion_modules: nn.ModuleList | None = None
 
-    def forward(self, x: Tensor, temb: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, text: Context, frames: int = 1) -> Tensor:
         x = self.resnets[0](x, temb)
         if len(self.resnets) == 2:
-            x = self.resnets[1](self.attentions[0](x, text), temb)
+            x = moved(self, 0, self.attentions[0](x, text), frames)
+            x = self.resnets[1](x, temb)
         return x
 
 
@@ -231,6 +246,7 @@ class UpBlock(nn.Module):
         )
         if attention is not None:
             self.attentions = nn.ModuleList(layout.attention(out_channels, *a) for a in attention)
+        self.motion_modules: nn.ModuleList | None = None
         self.upsamplers = nn.ModuleList([Upsample(out_channels)]) if upsample else None
 
     def forward(
@@ -238,17 +254,21 @@ class UpBlock(nn.Module):
         x: Tensor,
         skips: list[Tensor],
         temb: Tensor,
-        text: Tensor,
+        text: Context,
         freeu: FreeU | None,
         index: int,
+        frames: int = 1,
     ) -> Tensor:
         """Takes its skips off the end of `skips`."""
-        for resnet, attention in zip(self.resnets, attentions_of(self), strict=True):
+        for layer, (resnet, attention) in enumerate(
+            zip(self.resnets, attentions_of(self), strict=True)
+        ):
             skip = skips.pop()
             if freeu is not None:
                 x, skip = freeu.apply(index, x, skip)
             x = resnet(torch.cat([x, skip], dim=1), temb)
             x = x if attention is None else attention(x, text)
+            x = moved(self, layer, x, frames)
         if self.upsamplers is not None:
             # The next skip's size, not twice this: an odd size was rounded up on the way down.
             x = self.upsamplers[0](x, (skips[-1].shape[2], skips[-1].shape[3]))
@@ -259,6 +279,11 @@ def attentions_of(block: DownBlock | UpBlock) -> Iterable[nn.Module | None]:
     """The transformer that follows each resnet of a block, or None for each."""
     attentions = getattr(block, "attentions", None)
     return [None] * len(block.resnets) if attentions is None else attentions
+
+
+def moved(block: DownBlock | MidBlock | UpBlock, layer: int, x: Tensor, frames: int) -> Tensor:
+    """x (B F, C, H, W) behind the motion module of a layer, if the block has any."""
+    return x if block.motion_modules is None else block.motion_modules[layer](x, frames)
 
 
 def layers_of(value: int | Sequence[int], count: int) -> list[int]:
@@ -385,7 +410,12 @@ class UNetEncoder(Model):
         return temb
 
     def encode(
-        self, x: Tensor, temb: Tensor, text: Tensor, features: Sequence[Tensor] = ()
+        self,
+        x: Tensor,
+        temb: Tensor,
+        text: Context,
+        features: Sequence[Tensor] = (),
+        frames: int = 1,
     ) -> tuple[Tensor, list[Tensor]]:
         """The hidden state in front of the mid block, and the skips from the input down.
 
@@ -393,7 +423,7 @@ class UNetEncoder(Model):
         """
         skips = [x]
         for block, feature in zip_longest(self.down_blocks, features[: len(self.down_blocks)]):
-            x, new = block(x, temb, text, feature)
+            x, new = block(x, temb, text, feature, frames)
             skips += new
         return x, skips
 
@@ -410,6 +440,13 @@ class UNet2DConditionModel(UNetEncoder):
         layout = self.build_encoder(self.config)
         self.build_decoder(self.config, layout)
         self.freeu: FreeU | None = None
+        # A tuple, so that they are in no state dict; see ip_adapter.attach.
+        self.ip_adapters: tuple[nn.Module, ...] = ()
+
+    def _apply(self: UNetT, fn: Callable[..., Tensor], recurse: bool = True) -> UNetT:
+        for adapter in self.ip_adapters:  # they follow to devices and dtypes
+            adapter._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def build_decoder(self, config: UNetConfig, layout: Layout) -> None:
         """Make the up blocks and the output layers."""
@@ -456,19 +493,31 @@ class UNet2DConditionModel(UNetEncoder):
         mid_block_additional_residual: Tensor | None = None,
         down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
         return_dict: bool = True,
+        frames: int = 1,
+        pictures: Sequence[Tensor] = (),
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """The network's output at (sample, timestep).
 
         Shapes: sample (B, C, H, W), any H and W; timestep a number or (B,); encoder_hidden_states
         (B, L, D); timestep_cond (B, time_cond_proj_dim). The residuals of ControlNets are added to
         the skips and to the mid block's output, those of T2I-Adapters within the down blocks.
+        `frames`: so many rows in turn are one video, which concerns motion modules alone.
+        `pictures` are the tokens (B, N, D) of picture prompts, for each of the IP-Adapters.
         """
+        if pictures and len(pictures) != len(self.ip_adapters):
+            raise RequestError(
+                f"pictures holds tokens for {len(pictures)} IP-Adapters, but this UNet has "
+                f"{len(self.ip_adapters)}"
+            )
+        context: Context = encoder_hidden_states
+        if pictures:
+            context = Prompted(encoder_hidden_states, tuple(pictures))
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         temb = self.embed(t, sample, encoder_hidden_states, timestep_cond, added_cond_kwargs)
         features = tuple(down_intrablock_additional_residuals or ())
-        x, skips = self.encode(self.conv_in(sample), temb, encoder_hidden_states, features)
+        x, skips = self.encode(self.conv_in(sample), temb, context, features, frames)
         if self.mid_block is not None:
-            x = self.mid_block(x, temb, encoder_hidden_states)
+            x = self.mid_block(x, temb, context, frames)
             behind = features[len(self.down_blocks) :]  # full_adapter_xl has one more
             if behind and behind[0].shape == x.shape:
                 x = x + behind[0]
@@ -478,7 +527,7 @@ class UNet2DConditionModel(UNetEncoder):
         if mid_block_additional_residual is not None:
             x = x + mid_block_additional_residual
         for index, block in enumerate(self.up_blocks):
-            x = block(x, skips, temb, encoder_hidden_states, self.freeu, index)
+            x = block(x, skips, temb, context, self.freeu, index, frames)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
         return UNet2DConditionOutput(x) if return_dict else (x,)
 

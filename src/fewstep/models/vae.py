@@ -224,63 +224,44 @@ class DecoderOutput(Output):
     sample: Tensor
 
 
-class AutoencoderKL(Model):
-    """The autoencoder; keyword arguments are those of `config.json` (see `AutoencoderConfig`)."""
+class Autoencoder(Model):
+    """Base of the autoencoders: slicing, tiling, and what a pipeline needs of either kind.
 
-    config_class = AutoencoderConfig
-    config: AutoencoderConfig
+    A subclass gives `encode_moments`, `decode_latents`, `moments` and `downscale`, and sets
+    `tile_sample_min_size`.
+    """
 
-    def __init__(self, **config: Any) -> None:
-        super().__init__()
-        self.config = AutoencoderConfig.from_dict(config)
-        channels = self.config.latent_channels
-        self.encoder = Encoder(self.config)
-        self.decoder = Decoder(self.config)
-        self.quant_conv = (
-            nn.Conv2d(2 * channels, 2 * channels, 1) if self.config.use_quant_conv else None
-        )
-        self.post_quant_conv = (
-            nn.Conv2d(channels, channels, 1) if self.config.use_post_quant_conv else None
-        )
-        self.use_slicing = False
-        self.use_tiling = False
-        self.tile_sample_min_size = self.config.sample_size
+    tile_sample_min_size: int  # pixels
+    use_slicing = False
+    use_tiling = False
 
     @property
     def downscale(self) -> int:
         """Picture pixels per latent pixel, in each direction."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
+        raise NotImplementedError
 
-    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        """The posterior of pictures (B, 3, H, W) in [-1, 1]."""
+    def encode_moments(self, x: Tensor) -> Tensor:
+        """What the encoder makes of pictures (B, 3, H, W) in [-1, 1], (B, ..., h, w)."""
+        raise NotImplementedError
+
+    def decode_latents(self, z: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) from latents (B, latent_channels, h, w), already unscaled."""
+        raise NotImplementedError
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and standard deviation of the latents of pictures, None if there is no posterior."""
+        raise NotImplementedError
+
+    def encoded(self, x: Tensor) -> Tensor:
+        """`encode_moments` by rows and by tiles, as they are enabled."""
         step = self.encode_tiled if self.is_large(x.shape, 1) else self.encode_moments
-        posterior = DiagonalGaussian(self.sliced(step, x))
-        return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
+        return self.sliced(step, x)
 
     def decode(self, z: Tensor, return_dict: bool = True) -> Any:
         """Pictures (B, 3, H, W) from latents (B, latent_channels, h, w), already unscaled."""
         step = self.decode_tiled if self.is_large(z.shape, self.downscale) else self.decode_latents
         sample = self.sliced(step, z)
         return DecoderOutput(sample) if return_dict else (sample,)
-
-    def forward(
-        self,
-        sample: Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> Any:
-        """Reconstruct pictures (B, 3, H, W), from the posterior's mean or from a draw of it."""
-        posterior = self.encode(sample).latent_dist
-        z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        return self.decode(z, return_dict=return_dict)
-
-    def encode_moments(self, x: Tensor) -> Tensor:
-        features = self.encoder(x)
-        return features if self.quant_conv is None else self.quant_conv(features)
-
-    def decode_latents(self, z: Tensor) -> Tensor:
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def sliced(self, step: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`step(x)`, one row at a time if slicing is on."""
@@ -328,6 +309,61 @@ class AutoencoderKL(Model):
     def disable_tiling(self) -> None:
         """Undo `enable_tiling`."""
         self.use_tiling = False
+
+
+class AutoencoderKL(Autoencoder):
+    """The autoencoder; keyword arguments are those of `config.json` (see `AutoencoderConfig`)."""
+
+    config_class = AutoencoderConfig
+    config: AutoencoderConfig
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = AutoencoderConfig.from_dict(config)
+        channels = self.config.latent_channels
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+        self.quant_conv = (
+            nn.Conv2d(2 * channels, 2 * channels, 1) if self.config.use_quant_conv else None
+        )
+        self.post_quant_conv = (
+            nn.Conv2d(channels, channels, 1) if self.config.use_post_quant_conv else None
+        )
+        self.tile_sample_min_size = self.config.sample_size
+
+    @property
+    def downscale(self) -> int:
+        """Picture pixels per latent pixel, in each direction."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        """The posterior of pictures (B, 3, H, W) in [-1, 1]."""
+        posterior = DiagonalGaussian(self.encoded(x))
+        return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior of pictures (B, 3, H, W) in [-1, 1]."""
+        posterior = self.encode(x).latent_dist
+        return posterior.mean, posterior.std
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """Reconstruct pictures (B, 3, H, W), from the posterior's mean or from a draw of it."""
+        posterior = self.encode(sample).latent_dist
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
+
+    def encode_moments(self, x: Tensor) -> Tensor:
+        features = self.encoder(x)
+        return features if self.quant_conv is None else self.quant_conv(features)
+
+    def decode_latents(self, z: Tensor) -> Tensor:
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
 
 def tiled(step: Callable[[Tensor], Tensor], x: Tensor, size_in: int, size_out: int) -> Tensor:

@@ -40,7 +40,13 @@ MEANINGS = {
     "negative_prompt_2": "The negative prompt for SDXL's second text encoder; by default "
     "negative_prompt.",
     "num_images_per_prompt": "Pictures per prompt.",
-    "eta": "In [0, 1]: fresh noise per step of the DDIM scheduler; 0 draws none.",
+    "num_frames": "Frames of the video; more than the motion modules know are made in windows.",
+    "num_videos_per_prompt": "Videos per prompt.",
+    "decode_chunk_size": "Frames that the VAE decodes at a time; fewer take less memory.",
+    "context_length": "Frames that the network sees at a time; by default, and at most, those that "
+    "the motion modules know.",
+    "context_overlap": "Frames that one such window shares with the next, where they are blended.",
+    "eta": "In [0, 1]: fresh noise per step of the DDIM and TCD schedulers; 0 draws none.",
     "generator": "torch.Generator for all noise, or one per picture: each picture is then what it "
     "would be alone.",
     "latents": "The start, (pictures, channels, height, width) in latent pixels, in place of drawn "
@@ -64,12 +70,16 @@ MEANINGS = {
     "control_guidance_start": "In [0, 1): part of the run at which each ControlNet sets in.",
     "control_guidance_end": "In (0, 1]: part of the run at which each ControlNet stops.",
     "adapter_conditioning_scale": "How strongly each T2I-Adapter steers; a number, or a list.",
-    "adapter_conditioning_factor": "In (0, 1]: the first part of the run, that it steers.",
-    "ip_adapter_image": "Not supported.",
-    "ip_adapter_image_embeds": "Not supported.",
+    "adapter_conditioning_factor": "In [0, 1]: the first part of the run, that it steers.",
+    "ip_adapter_image": "A picture as a prompt, for an IP-Adapter; one for each if there are "
+    "several, and a list within the list for several pictures for one adapter.",
+    "ip_adapter_image_embeds": "What prepare_ip_adapter_image_embeds returned, in place of "
+    "ip_adapter_image; with guidance the negative half comes first.",
+    "weighted_prompt": "Read (word:1.3), (word), [word] and BREAK in prompts as weights and "
+    "breaks, and prompts of any length, in chunks.",
     "output_type": '"pil", "np" (B, H, W, 3) and "pt" (B, 3, H, W) in [0, 1], or "latent".',
     "return_dict": "Return an output with names; if False a tuple (images, None).",
-    "cross_attention_kwargs": "Not supported.",
+    "cross_attention_kwargs": '{"scale": s} multiplies all LoRAs for this call.',
     "clip_skip": "Number of last layers of the text encoder to leave out.",
     "callback_on_step_end": "Called as callback(pipe, index, timestep, tensors) after each step; "
     "returns the tensors it wants changed. pipe._interrupt = True ends the loop there.",
@@ -86,6 +96,7 @@ ELSEWHERE = {
     "callback_steps": "callback_on_step_end",
     "denoising_strength": "strength",
     "n": "num_images_per_prompt",
+    "prompt_weighting": "weighted_prompt",
 }
 
 

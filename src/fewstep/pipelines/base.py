@@ -20,6 +20,7 @@ from ..models.base import resolve_dtype
 from .images import to_pil
 from .loading import load_parts, read_index, save_parts
 from .notices import warn_caller
+from .single_file import FromSingleFile
 
 PipelineT = TypeVar("PipelineT", bound="DiffusionPipeline")
 
@@ -39,7 +40,7 @@ UNSERVED = {
 }
 
 
-class DiffusionPipeline:
+class DiffusionPipeline(FromSingleFile):
     """The components of a model under diffusers' names; `from_pretrained` finds the right class.
 
     `components` are attributes too and may be replaced: `pipe.scheduler = LCMScheduler.from_config(

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..diffusion.guidance import classifier_free_guidance, rescale_guidance
-from ..models.unet import UNet2DConditionModel
 from ..random import Generators, randn
 from ..schedulers import Plan
+
+Network = Callable[..., Any]  # a UNet, or what stands for one
 
 
 class Update(Protocol):
@@ -149,7 +150,7 @@ class Step:
 
 
 def predict(
-    unet: UNet2DConditionModel, job: Job, z: Tensor, t: Tensor, span: tuple[float, float] = (0, 1)
+    unet: Network, job: Job, z: Tensor, t: Tensor, span: tuple[float, float] = (0, 1)
 ) -> Tensor:
     """The guided network output (B, C, h, w) at (z, t), t (B,), by one call of the network."""
     if job.uncond is None:
@@ -164,7 +165,7 @@ def predict(
 
 
 def run(
-    unet: UNet2DConditionModel,
+    unet: Network,
     job: Job,
     z: Tensor,
     t: Tensor,
@@ -180,6 +181,7 @@ def run(
     if job.extra_channels is not None:
         copies = len(z) // len(job.extra_channels)
         x = torch.cat([x, torch.cat([job.extra_channels] * copies)], dim=1)
+    pictures = {"pictures": cond.image} if cond.image else {}
     (output,) = unet(
         x,
         t,
@@ -190,13 +192,12 @@ def run(
         mid_block_additional_residual=residuals.mid,
         down_intrablock_additional_residuals=residuals.features or None,
         return_dict=False,
+        **pictures,
     )
     return output.to(z.dtype)
 
 
-def denoise(
-    unet: UNet2DConditionModel, job: Job, on_step: Callable[[Step], Step] | None = None
-) -> Tensor:
+def denoise(unet: Network, job: Job, on_step: Callable[[Step], Step] | None = None) -> Tensor:
     """z_0 (B, C, h, w) from `job.z` by the job's plan.
 
     `on_step` sees every step and returns the one to go on from; the loop ends with the z_0 of a

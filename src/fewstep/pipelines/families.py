@@ -16,15 +16,15 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from ..checkpoints.config import DEFAULTED
 from ..diffusion.guidance import guidance_embedding
 from ..errors import RequestError
 from ..models.unet import UNet2DConditionModel
-from ..models.vae import AutoencoderKL
+from ..models.vae import Autoencoder
 from ..outputs import Output
 from ..random import Generators, randn
 from ..schedulers import (
     ConfigOnlyScheduler,
-    DDIMScheduler,
     LCMScheduler,
     Plan,
     SamplingScheduler,
@@ -32,12 +32,16 @@ from ..schedulers import (
 )
 from .base import DiffusionPipeline
 from .callbacks import call_back
-from .denoise import Conditioning, Control, Job, Step, Update, denoise
+from .denoise import Conditioning, Control, Job, Network, Step, Update, denoise
 from .images import postprocess
+from .ip_adapter import IPAdapterLoader
+from .lora import LoraLoader, at_lora_scale
 from .notices import warn_caller
+from .prompts import Encoder, embedded, listed
 from .record import write_records
 from .request import Request
 from .text import encode_text
+from .textual_inversion import TextualInversionLoader, expanded
 
 
 @dataclass
@@ -52,7 +56,7 @@ class StableDiffusionPipelineOutput(Output):
     nsfw_content_detected: list[bool] | None = None
 
 
-class StableDiffusion(DiffusionPipeline):
+class StableDiffusion(IPAdapterLoader, TextualInversionLoader, LoraLoader, DiffusionPipeline):
     """Stable Diffusion 1.x and 2.x, and LCMs made from them: CLIP text encoder, UNet and VAE.
 
     Works for guidance by two network calls (batched as one), for guidance as an input of the
@@ -61,19 +65,19 @@ class StableDiffusion(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         text_encoder: Any,
         tokenizer: Any,
         unet: UNet2DConditionModel,
         scheduler: Scheduler,
         safety_checker: None = None,
         feature_extractor: Any = None,
-        image_encoder: None = None,
+        image_encoder: Any = None,
         requires_safety_checker: bool = True,
     ) -> None:
         super().__init__()
         for name, value, kind in (
-            ("vae", vae, AutoencoderKL),
+            ("vae", vae, Autoencoder),
             ("unet", unet, UNet2DConditionModel),
             ("scheduler", scheduler, Scheduler),
         ):
@@ -82,15 +86,11 @@ class StableDiffusion(DiffusionPipeline):
                     f"{name} must be a fewstep {kind.__name__}, "
                     f"got {type(value).__module__}.{type(value).__name__}"
                 )
-        for name, unusable in (
-            ("safety_checker", safety_checker),
-            ("image_encoder", image_encoder),
-        ):
-            if unusable is not None:
-                raise RequestError(
-                    f"{name}={type(unusable).__name__} is not supported: it is not implemented; "
-                    f"pass {name}=None"
-                )
+        if safety_checker is not None:
+            raise RequestError(
+                f"safety_checker={type(safety_checker).__name__} is not supported: it is not "
+                "implemented; pass safety_checker=None"
+            )
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -106,7 +106,7 @@ class StableDiffusion(DiffusionPipeline):
         self._guidance_scale = 1.0
         self._num_timesteps = 0
 
-    vae: AutoencoderKL
+    vae: Autoencoder
     unet: UNet2DConditionModel
     scheduler: Scheduler
     tokenizer: Any
@@ -131,7 +131,8 @@ class StableDiffusion(DiffusionPipeline):
             return scheduler
         shown = ", ".join(f"{name}={scheduler.config[name]} by {v}" for name, v in changes.items())
         warn_caller(f"the scheduler's config is outdated; replaced {shown}")
-        return type(scheduler).from_config(scheduler.config, **changes)
+        config = {key: v for key, v in scheduler.config.items() if key != DEFAULTED}
+        return type(scheduler).from_config(config | changes)
 
     # ── facts about the components ──
 
@@ -260,15 +261,32 @@ class StableDiffusion(DiffusionPipeline):
         clip_skip: int | None = None,
     ) -> Tensor:
         """Embeddings (P, L, D) of texts that came in as the argument `name`."""
+        self.check_text_encoder(name)
+        spelled = [expanded(self.tokenizer, text) for text in listed(texts)]
+        return encode_text(
+            self.tokenizer, self.text_encoder, spelled, length=length, clip_skip=clip_skip
+        )
+
+    def weighed(self, request: Request) -> Request:
+        """The request with embeddings in place of its weighted prompts; any other as it is."""
+        if not request.weighted_prompt:
+            return request
+        self.check_text_encoder("prompt")
+
+        def encode(tokenizer: Any, encoder: Any, texts: Any, skip: int | None) -> Any:
+            return encode_text(tokenizer, encoder, texts, clip_skip=skip), None
+
+        encoder = Encoder(self.tokenizer, self.text_encoder, encode)
+        negatives = [listed(request.negative_prompt or "")] if self.doubles(request) else None
+        return embedded(request, [encoder], [listed(request.prompt)], negatives)
+
+    def check_text_encoder(self, name: str) -> None:
+        """Raises RequestError unless the argument `name`, a text, can be read."""
         if self.text_encoder is None or self.tokenizer is None:
             raise RequestError(
                 f"{name} cannot be read: this pipeline has no text_encoder or no tokenizer; "
                 f"give {name}_embeds"
             )
-        listed = [texts] if isinstance(texts, str) else list(texts or ())
-        return encode_text(
-            self.tokenizer, self.text_encoder, listed, length=length, clip_skip=clip_skip
-        )
 
     def check_channels(self, embeds: Tensor) -> None:
         """Raises RequestError unless embeddings (P, L, D) have the D that the UNet reads."""
@@ -303,16 +321,17 @@ class StableDiffusion(DiffusionPipeline):
         steps = int(request.num_inference_steps) if request.timesteps is None else None
         return self.sampler.plan(steps, timesteps=request.timesteps, **arguments)
 
-    def update_of(self, request: Request) -> Update:
-        """The scheduler's step with the request's eta."""
-        if request.eta == 0:
-            return self.sampler.update
-        if not isinstance(self.scheduler, DDIMScheduler):
+    def update_of(self, request: Request, plan: Plan) -> Update:
+        """The scheduler's steps for a run, with the request's eta."""
+        update = self.sampler.updater(plan)
+        if self.sampler.takes_eta:
+            return partial(update, eta=request.eta)
+        if request.eta != 0:
             raise RequestError(
-                f"eta={request.eta} is an argument of the DDIMScheduler, and the scheduler is a "
-                f"{type(self.scheduler).__name__}; leave it out"
+                f"eta={request.eta} is an argument of the DDIMScheduler and the TCDScheduler, and "
+                f"the scheduler is a {type(self.scheduler).__name__}; leave it out"
             )
-        return partial(self.scheduler.update, eta=request.eta)
+        return update
 
     def prepare(self, request: Request, plan: Plan) -> Job:
         """The job of a request: text to tensors. It starts from the request's latents, if any."""
@@ -325,11 +344,14 @@ class StableDiffusion(DiffusionPipeline):
                 f"latents must have shape {shape} (pictures, channels, height, width), "
                 f"got {tuple(request.latents.shape)}"
             )
-        update = self.update_of(request)
+        update = self.update_of(request, plan)
         if request.prompt_embeds is not None:
             self.check_channels(request.prompt_embeds)
+        self.check_picture_prompts(request, self.doubles(request))
         request.warn_of_no_effect(embedded=self.is_embedded)
-        cond, uncond, dtype = self.condition(request, (height, width))
+        cond, uncond, dtype = self.condition(self.weighed(request), (height, width))
+        cond, uncond = self.with_pictures(request, cond, uncond)
+        scale = self.sampler.start_scale(plan)
         latents = request.latents
         return Job(
             cond=cond,
@@ -341,7 +363,8 @@ class StableDiffusion(DiffusionPipeline):
             shape=shape,
             dtype=dtype,
             generator=request.generator,
-            z=None if latents is None else latents.to(self.unet.device, dtype),
+            start_scale=scale,
+            z=None if latents is None else latents.to(self.unet.device, dtype) * scale,
         )
 
     def check_unet(self, request: Request, channels: int) -> None:
@@ -394,6 +417,8 @@ class StableDiffusion(DiffusionPipeline):
     def encode_image(self, pictures: Tensor, job: Job) -> Tensor:
         """z_0 (B, C, h, w), drawn from the VAE's posterior of pictures (b, 3, H, W) in [-1, 1].
 
+        Without a draw where the VAE has no posterior.
+
         Latents (b, C, h, w) pass as they are. Each of the b pictures serves B / b rows in a row.
         """
         rows, channels = job.shape[:2]
@@ -401,13 +426,13 @@ class StableDiffusion(DiffusionPipeline):
             z0 = pictures.to(job.cond.text.device, job.dtype)
             return z0.repeat_interleave(rows // len(z0), 0)
         with self.safe_vae() as dtype:
-            posterior = self.vae.encode(pictures.to(self.vae.device, dtype)).latent_dist
-        mean, std = posterior.mean, posterior.std
+            mean, std = self.vae.moments(pictures.to(self.vae.device, dtype))
         generator: Generators = job.generator
-        if isinstance(generator, (list, tuple)):  # each row draws from its own
-            mean, std = (v.repeat_interleave(rows // len(v), 0) for v in (mean, std))
-        drawn = mean + std * randn(mean.shape, generator, mean.device, mean.dtype)
-        z0 = self.scaled(drawn).to(job.cond.text.device, job.dtype)
+        if std is not None:
+            if isinstance(generator, (list, tuple)):  # each row draws from its own
+                mean, std = (v.repeat_interleave(rows // len(v), 0) for v in (mean, std))
+            mean = mean + std * randn(mean.shape, generator, mean.device, mean.dtype)
+        z0 = self.scaled(mean).to(job.cond.text.device, job.dtype)
         return z0.repeat_interleave(rows // len(z0), 0)
 
     # ── tensors to pictures ──
@@ -448,7 +473,7 @@ class StableDiffusion(DiffusionPipeline):
     def statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Mean and standard deviation of the VAE's latents per channel, 0 and 1 if not recorded."""
         config = self.vae.config
-        if config.latents_mean is None or config.latents_std is None:
+        if config.get("latents_mean") is None or config.get("latents_std") is None:
             return 0.0, 1.0
         values = (
             like.new_tensor(v).reshape(1, -1, 1, 1)
@@ -459,6 +484,7 @@ class StableDiffusion(DiffusionPipeline):
 
     # ── the whole way ──
 
+    @at_lora_scale
     @torch.no_grad()
     def generate(
         self,
@@ -472,6 +498,20 @@ class StableDiffusion(DiffusionPipeline):
         `start` gives the job its first latents, unless the request brought them. `finish`, if
         given, is applied to each decoded batch of pictures.
         """
+        z, job = self.sample(request, plan, start, self.unet)
+        images = self.decode(z, request.output_type)
+        if finish is not None:
+            images = finish(images)
+        if isinstance(images, list):
+            write_records(images, self, request, job)
+        if not request.return_dict:
+            return images, None
+        return StableDiffusionPipelineOutput(images)
+
+    def sample(
+        self, request: Request, plan: Plan, start: Callable[[Job], Job], network: Network
+    ) -> tuple[Tensor, Job]:
+        """z_0 of a request, by the loop, and the job that it was made from."""
         self._interrupt = False
         self._guidance_scale = request.guidance_scale
         self._num_timesteps = len(plan.timesteps)
@@ -484,12 +524,4 @@ class StableDiffusion(DiffusionPipeline):
                 bar.update()
                 return replace(step, stop=self._interrupt)
 
-            z = denoise(self.unet, job, on_step)
-        images = self.decode(z, request.output_type)
-        if finish is not None:
-            images = finish(images)
-        if isinstance(images, list):
-            write_records(images, self, request, job)
-        if not request.return_dict:
-            return images, None
-        return StableDiffusionPipelineOutput(images)
+            return denoise(network, job, on_step), job

@@ -25,19 +25,29 @@ INDEX_NAME = "model_index.json"
 SMALL_FILES = (".json", ".txt")
 # The name of a class in files -> where it is; transformers is imported when it is needed.
 NETWORKS = {
+    "MotionAdapter": "fewstep.models.motion",
+    "UNetMotionModel": "fewstep.models.motion_unet",
     "UNet2DConditionModel": "fewstep.models.unet",
     "AutoencoderKL": "fewstep.models.vae",
+    "ControlNetModel": "fewstep.models.controlnet",
+    "MultiControlNetModel": "fewstep.models.controlnet",
+    "T2IAdapter": "fewstep.models.t2i_adapter",
+    "MultiAdapter": "fewstep.models.t2i_adapter",
+    "AutoencoderTiny": "fewstep.models.vae_tiny",
     "CLIPTextModel": "transformers",
     "CLIPTextModelWithProjection": "transformers",
+    "CLIPVisionModelWithProjection": "transformers",
 }
 TOKENIZERS = {"CLIPTokenizer": "CLIPTokenizer", "CLIPTokenizerFast": "CLIPTokenizer"}
 # Components that nothing here uses yet -> what their absence means.
 UNUSED = {
     "safety_checker": "the checkpoint's safety checker is not implemented and was left out: "
     "pictures are not filtered; pass safety_checker=None to say that this is meant",
-    "image_encoder": "the checkpoint's image_encoder was left out: IP-Adapters are not implemented",
-    "feature_extractor": None,  # serves the other two only
 }
+# Serves the safety checker and IP-Adapters, which make one themselves where it is missing.
+EXTRACTOR = "feature_extractor"
+EXTRACTOR_CONFIG = "preprocessor_config.json"
+EXTRACTORS = ("CLIPImageProcessor", "CLIPFeatureExtractor")
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,9 @@ def load_parts(
                 warn_caller(message)
             loaded[part.name] = None
     parts = [part for part in parts if part.name not in UNUSED]
+    if any(part.name == EXTRACTOR for part in parts) and not has_extractor(root, parts):
+        loaded[EXTRACTOR] = None
+        parts = [part for part in parts if part.name != EXTRACTOR]
     for part in parts:
         check_class(part)
     variants = choose_variants(root, parts, variant)
@@ -92,9 +105,17 @@ def load_parts(
     return loaded
 
 
+def has_extractor(root: Source, parts: Sequence[Part]) -> bool:
+    """Whether a checkpoint's feature extractor is there, and CLIP's."""
+    (class_name,) = [part.class_name for part in parts if part.name == EXTRACTOR]
+    return class_name in EXTRACTORS and f"{EXTRACTOR}/{EXTRACTOR_CONFIG}" in root.names()
+
+
 def check_class(part: Part) -> None:
     """Raises UnsupportedConfig for a class that is not implemented."""
-    if part.name != "scheduler" and part.class_name not in (*NETWORKS, *TOKENIZERS):
+    if part.name in ("scheduler", EXTRACTOR):
+        return
+    if part.class_name not in (*NETWORKS, *TOKENIZERS):
         raise UnsupportedConfig(
             f"the component {part.name} is a {part.class_name}, which is not implemented "
             f"(supported: {', '.join([*NETWORKS, *TOKENIZERS])})"
@@ -158,6 +179,8 @@ def load_part(part: Part, source: Source, dtype: torch.dtype | None) -> Any:
     if part.class_name in TOKENIZERS:
         tokenizer = getattr(importlib.import_module("transformers"), TOKENIZERS[part.class_name])
         return tokenizer.from_pretrained(str(source.folder()), local_files_only=True)
+    if part.name == EXTRACTOR:
+        return image_processor().from_pretrained(str(source.folder()), local_files_only=True)
     network = getattr(importlib.import_module(NETWORKS[part.class_name]), part.class_name)
     if issubclass(network, Model):
         return network.from_pretrained(
@@ -167,6 +190,14 @@ def load_part(part: Part, source: Source, dtype: torch.dtype | None) -> Any:
             dtype=dtype or "auto",
         )
     return load_text_encoder(network, source, dtype)
+
+
+def image_processor() -> Any:
+    """transformers' class that makes CLIP's input by PIL, so that it is the same everywhere."""
+    transformers = importlib.import_module("transformers")
+    # transformers 4 has no other under the plain name.
+    plain = not hasattr(transformers, "CLIPImageProcessorPil")
+    return getattr(transformers, "CLIPImageProcessor" if plain else "CLIPImageProcessorPil")
 
 
 def load_text_encoder(network: Any, source: Source, dtype: torch.dtype | None) -> nn.Module:

@@ -30,6 +30,17 @@ class Canvas:
     pictures: Tensor  # (b, 3, H, W), or latents (b, C, h, w)
     masks: Tensor  # (b, 1, H, W)
     finish: Callable[[Any], Any] | None  # puts the results back into the original pictures
+    box: Box | None = None  # the part of the picture that is worked on
+
+    def cut(self, name: str, images: Any) -> Any:
+        """Further pictures of the same scene, PIL ones in lists or not, cut to the box."""
+        if self.box is None or images is None:
+            return images
+        if isinstance(images, (list, tuple)):
+            return [self.cut(name, image) for image in images]
+        if not isinstance(images, PIL.Image.Image):
+            raise RequestError(f"{name} must be PIL pictures for padding_mask_crop")
+        return images.crop(self.box)
 
 
 def canvas_of(
@@ -75,12 +86,13 @@ def canvas_of(
         fitted(image, box, (width, height), latent_channels),
         fitted_mask(mask_image, box, (width, height)),
         finish,
+        box,
     )
 
 
 def fitted(image: Pictures, box: Box | None, size: tuple[int, int], latent_channels: int) -> Tensor:
     """Pictures (b, 3, H, W) in [-1, 1] cut to `box` and scaled to `size`, (W, H); latents pass."""
-    listed = list(image) if isinstance(image, (list, tuple)) else [image]
+    listed: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
     if all(isinstance(p, PIL.Image.Image) for p in listed):
         lanczos = PIL.Image.Resampling.LANCZOS
         cut = [p.convert("RGB") if box is None else p.convert("RGB").crop(box) for p in listed]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -86,14 +86,23 @@ class Request:
     callback_on_step_end: Callback | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     cross_attention_kwargs: dict[str, Any] | None = None
+    ip_adapter_image: Pictures | Sequence[Pictures] | None = None
+    ip_adapter_image_embeds: Sequence[Tensor] | None = None
+    weighted_prompt: bool = False
     # Arguments of diffusers that cannot be served yet: None only.
     sigmas: None = None
-    ip_adapter_image: None = None
-    ip_adapter_image_embeds: None = None
+
+    @classmethod
+    def asked(cls, **arguments: Any) -> Request:
+        """The request of a call with these arguments."""
+        return cls(**arguments)
 
     def __post_init__(self) -> None:
         self.check_supported()
+        self.check_lora_scale()
         self.check_text()
+        self.check_weighted()
+        self.check_picture_prompts()
         self.check_numbers()
         self.check_generators()
         check_output_type(self.output_type)
@@ -105,14 +114,25 @@ class Request:
         """Refuse what is not implemented, with the way around it."""
         remedies = {
             "sigmas": "give timesteps instead",
-            "ip_adapter_image": "IP-Adapters are not implemented; leave it out",
-            "ip_adapter_image_embeds": "IP-Adapters are not implemented; leave it out",
-            "cross_attention_kwargs": "it scales LoRAs, and none is loaded; leave it out",
         }
         for name, remedy in remedies.items():
             if (value := getattr(self, name)) is not None:
                 shown = value if isinstance(value, (dict, list, str)) else type(value).__name__
                 raise RequestError(f"{name}={shown!r} is not supported: {remedy}")
+
+    def check_lora_scale(self) -> None:
+        """Refuse cross_attention_kwargs other than {"scale": number}, the scale of LoRAs."""
+        given = self.cross_attention_kwargs
+        if given is None or (isinstance(given, Mapping) and all(k == "scale" for k in given)):
+            if given and not is_number(scale := given["scale"]):
+                raise RequestError(
+                    f"cross_attention_kwargs['scale'] must be a finite number, got {scale!r}"
+                )
+            return
+        raise RequestError(
+            f"cross_attention_kwargs={given!r} is not supported: it may hold the scale of LoRAs, "
+            "{'scale': number}, and nothing else"
+        )
 
     def check_text(self) -> None:
         """Refuse prompts that are absent, doubly given or of the wrong type."""
@@ -133,6 +153,32 @@ class Request:
         if self.prompt is None and self.prompt_embeds is None:
             raise RequestError("prompt is missing: give prompt or prompt_embeds")
         self.check_count("negative_prompt", self.negative_prompt)
+
+    def check_weighted(self) -> None:
+        """Refuse weights for prompts that are embedded already."""
+        if not isinstance(self.weighted_prompt, bool):
+            raise RequestError(f"weighted_prompt must be True or False, got {self.weighted_prompt}")
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            if self.weighted_prompt and getattr(self, name) is not None:
+                raise RequestError(
+                    f"weighted_prompt=True cannot read {name}; give texts, or leave it out"
+                )
+
+    def check_picture_prompts(self) -> None:
+        """Refuse pictures for IP-Adapters that are doubly given, and embeddings of no tensors."""
+        embeds = self.ip_adapter_image_embeds
+        if embeds is None:
+            return
+        if self.ip_adapter_image is not None:
+            raise RequestError(
+                "ip_adapter_image and ip_adapter_image_embeds were both given; give only one of "
+                "them"
+            )
+        if not isinstance(embeds, (list, tuple)) or not all(isinstance(e, Tensor) for e in embeds):
+            raise RequestError(
+                "ip_adapter_image_embeds must be a list of tensors, one for each IP-Adapter, got "
+                f"{type(embeds).__name__}"
+            )
 
     def check_count(self, name: str, texts: str | list[str] | None) -> None:
         """Refuse a list of texts that is not one per prompt."""

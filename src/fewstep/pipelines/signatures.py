@@ -10,26 +10,21 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 from .arguments import MEANINGS, hint
 from .request import Request
 
-Task = Callable[[Any, Request], Any]
 
-DEFAULTS = {
-    field.name: None if field.default is MISSING else field.default for field in fields(Request)
-}
-TYPES = {field.name: field.type for field in fields(Request)}
-
-
-def call(task: Task, arguments: str) -> Callable[..., Any]:
-    """A pipeline's `__call__`: binds `arguments` to a Request, which it gives to `task`.
+def call(
+    task: Callable[[Any, Any], Any], arguments: str, kind: type[Request] = Request
+) -> Callable[..., Any]:
+    """A pipeline's `__call__`: binds `arguments` to a Request of `kind`, which `task` gets.
 
     An unknown keyword is a TypeError that says what may have been meant.
     """
-    signature = signature_of(arguments)
+    signature = signature_of(arguments, kind)
     names = [name for name in signature.parameters if name != "self"]
 
     def __call__(*args: Any, **kwargs: Any) -> Any:
@@ -42,15 +37,19 @@ def call(task: Task, arguments: str) -> Callable[..., Any]:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         asked = dict(bound.arguments)
-        return task(asked.pop("self"), Request(**asked))
+        return task(asked.pop("self"), kind.asked(**asked))
 
     __call__.__signature__ = signature  # type: ignore[attr-defined]
     __call__.__doc__ = docstring(task, names)
     return __call__
 
 
-def signature_of(arguments: str) -> inspect.Signature:
-    """The signature that a line such as "prompt num_inference_steps=4 * seed" describes."""
+def signature_of(arguments: str, kind_of: type[Request] = Request) -> inspect.Signature:
+    """The signature that a line such as "prompt num_inference_steps=4 * seed" describes.
+
+    Defaults that the line does not give are those of the fields of `kind_of`.
+    """
+    known = {field.name: field for field in fields(kind_of)}
     kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter("self", kind)]
     for entry in arguments.split():
@@ -58,12 +57,13 @@ def signature_of(arguments: str) -> inspect.Signature:
             kind = inspect.Parameter.KEYWORD_ONLY
             continue
         name, _, value = entry.partition("=")
-        default = ast.literal_eval(value) if value else DEFAULTS[name]
-        parameters.append(inspect.Parameter(name, kind, default=default, annotation=TYPES[name]))
+        default = ast.literal_eval(value) if value else known[name].default
+        annotation = known[name].type if name in known else type(default).__name__
+        parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
     return inspect.Signature(parameters)
 
 
-def docstring(task: Task, names: list[str]) -> str:
+def docstring(task: Callable[[Any, Any], Any], names: list[str]) -> str:
     """The task's docstring with its arguments explained."""
     lines = [
         textwrap.fill(

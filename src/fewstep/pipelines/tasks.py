@@ -19,7 +19,7 @@ from ..schedulers import LCMScheduler, Plan
 from .denoise import Job
 from .families import StableDiffusion
 from .images import preprocess
-from .masks import Canvas, canvas_of
+from .masks import Canvas, canvas_of, fitted
 from .request import Request
 
 
@@ -48,6 +48,7 @@ def inpaint(pipe: StableDiffusion, request: Request) -> Any:
         blur=request.mask_blur,
         paste_back=request.paste_back,
     )
+    request = replace(request, control_image=canvas.cut("control_image", request.control_image))
     if canvas.finish is not None and request.output_type != "pil":
         raise RequestError(
             f"output_type={request.output_type!r} cannot be pasted back; use 'pil', or leave out "
@@ -87,8 +88,11 @@ def from_image(pipe: StableDiffusion, request: Request) -> tuple[Request, Callab
     """
     if request.image is None:
         raise RequestError("image is missing: give the picture to start from")
-    factor = pipe.vae_scale_factor
-    pictures = preprocess(request.image, factor, pipe.vae.config.latent_channels)
+    factor, channels = pipe.vae_scale_factor, pipe.vae.config.latent_channels
+    pictures = preprocess(request.image, factor, channels)
+    if request.height is not None or request.width is not None:  # ControlNet tasks take a size
+        height, width = pipe.size(request)
+        pictures = fitted(request.image, None, (width, height), channels)
     check_pictures("image", pictures, request)
     is_latent = pictures.shape[1] != 3
     height, width = (side * factor if is_latent else side for side in pictures.shape[2:])
@@ -115,7 +119,7 @@ def check_pictures(name: str, pictures: Tensor, request: Request) -> None:
 
 def noised(pipe: StableDiffusion, z0: Tensor, noise: Tensor, job: Job) -> Tensor:
     """`z0` (B, C, h, w) at the first time of the job's plan."""
-    return pipe.sampler.add_noise(z0, noise, job.plan.timesteps[0].expand(len(z0)))
+    return pipe.sampler.diffuse(z0, noise, job.plan.start.expand(len(z0)))
 
 
 def repainting(pipe: StableDiffusion, request: Request, canvas: Canvas, job: Job) -> Job:
@@ -129,7 +133,7 @@ def repainting(pipe: StableDiffusion, request: Request, canvas: Canvas, job: Job
     # diffusers' order of draws: the picture's posterior, the start, the masked picture's posterior.
     needs_picture = not sees_mask or (job.z is None and not is_pure)
     z0 = pipe.encode_image(canvas.pictures, job) if needs_picture else None
-    noise = job.draw() if job.z is None else job.z
+    noise = job.draw() if job.z is None else job.z / job.start_scale
     if job.z is not None:
         z = job.z
     elif is_pure or z0 is None:
@@ -148,7 +152,7 @@ def repainting(pipe: StableDiffusion, request: Request, canvas: Canvas, job: Job
 
     def keep(z: Tensor, t_next: Tensor) -> Tensor:
         last = t_next < 0
-        at = pipe.sampler.add_noise(known, noise, t_next.clamp(min=0))
+        at = pipe.sampler.diffuse(known, noise, t_next.clamp(min=0))
         at = torch.where(last.reshape(-1, 1, 1, 1), known, at)
         return (1 - mask) * at + mask * z
 
@@ -202,7 +206,7 @@ def section(pipe: StableDiffusion, plan: Plan, request: Request) -> Plan:
 
 def steps_of(plan: Plan, begin: int, end: int) -> Plan:
     """Steps `begin` to `end` - 1 of a plan."""
-    return Plan(plan.timesteps[begin:end], plan.next_timesteps[begin:end])
+    return plan.part(begin, end)
 
 
 def last_steps(plan: Plan, strength: float) -> Plan:

@@ -5,7 +5,6 @@ Shapes: P prompts, B pictures, L tokens, D channels of both encoders together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +12,14 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..models.unet import UNet2DConditionModel
-from ..models.vae import AutoencoderKL
+from ..models.vae import Autoencoder
 from ..schedulers import Scheduler
 from .denoise import Conditioning
 from .families import StableDiffusion
+from .prompts import Encoder, embedded, listed
 from .request import Request
 from .text import hidden_text
+from .textual_inversion import expanded
 
 
 class Text(NamedTuple):
@@ -41,14 +42,14 @@ class StableDiffusionXL(StableDiffusion):
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         text_encoder: Any,
         text_encoder_2: Any,
         tokenizer: Any,
         tokenizer_2: Any,
         unet: UNet2DConditionModel,
         scheduler: Scheduler,
-        image_encoder: None = None,
+        image_encoder: Any = None,
         feature_extractor: Any = None,
         force_zeros_for_empty_prompt: bool = True,
         add_watermarker: bool | None = None,
@@ -144,23 +145,55 @@ class StableDiffusionXL(StableDiffusion):
         clip_skip: int | None = None,
     ) -> Text:
         """What both encoders read; a checkpoint may be without the first (the refiner)."""
+        self.check_text_encoder(name)
+        parts = []
+        pooled: Tensor | None = None
+        for encoder, texts in zip(self.encoders, self.read_by_each(prompt, prompt_2), strict=True):
+            spelled = [expanded(encoder.tokenizer, text) for text in texts]
+            tokens, pooled = hidden_text(
+                encoder.tokenizer, encoder.text_encoder, spelled, clip_skip
+            )
+            parts.append(tokens)
+        assert pooled is not None
+        return Text(torch.cat([part.to(parts[-1]) for part in parts], dim=-1), pooled)
+
+    def check_text_encoder(self, name: str) -> None:
         if self.text_encoder_2 is None or self.tokenizer_2 is None:
             raise RequestError(
                 f"{name} cannot be read: this pipeline has no text_encoder_2 or no tokenizer_2; "
                 f"give {name}_embeds and pooled_{name}_embeds"
             )
+
+    @property
+    def encoders(self) -> list[Encoder]:
+        """The text encoders that there are, the one of the pooled texts last."""
+        both = (
+            Encoder(self.tokenizer, self.text_encoder, hidden_text),
+            Encoder(self.tokenizer_2, self.text_encoder_2, hidden_text),
+        )
+        return [encoder for encoder in both if encoder.text_encoder is not None]
+
+    def read_by_each(
+        self, prompt: str | list[str] | None, prompt_2: str | list[str] | None
+    ) -> list[list[str]]:
+        """The texts for each of the text encoders."""
         first = listed(prompt)
         second = listed(prompt if prompt_2 is None else prompt_2)
         if len(second) == 1 < len(first):
             second *= len(first)
-        parts = []
-        if self.text_encoder is not None:
-            tokens, _ = hidden_text(self.tokenizer, self.text_encoder, first, clip_skip)
-            parts.append(tokens)
-        tokens, pooled = hidden_text(self.tokenizer_2, self.text_encoder_2, second, clip_skip)
-        assert pooled is not None
-        parts.append(tokens)
-        return Text(torch.cat([part.to(tokens) for part in parts], dim=-1), pooled)
+        return [first, second][-len(self.encoders) :]
+
+    def weighed(self, request: Request) -> Request:
+        if not request.weighted_prompt:
+            return request
+        self.check_text_encoder("prompt")
+        negative, negative_2 = request.negative_prompt, request.negative_prompt_2
+        is_zero = negative is None and negative_2 is None and self.force_zeros_for_empty_prompt
+        negatives = None
+        if self.doubles(request) and not is_zero:
+            negatives = self.read_by_each(negative or "", negative_2)
+        positives = self.read_by_each(request.prompt, request.prompt_2)
+        return embedded(request, self.encoders, positives, negatives)
 
     def negative_text(
         self,
@@ -211,8 +244,8 @@ class StableDiffusionXL(StableDiffusion):
 
         As in diffusers, text to picture takes negative sizes only if both are given.
         """
-        original = list(request.original_size or size)
-        target = list(request.target_size or size)
+        original: list[float] = list(request.original_size or size)
+        target: list[float] = list(request.target_size or size)
         crop, negative_crop = (
             list(request.crops_coords_top_left),
             list(request.negative_crops_coords_top_left),
@@ -231,7 +264,7 @@ class StableDiffusionXL(StableDiffusion):
                     request.negative_aesthetic_score,
                 ],
             )
-        positive = [*original, *crop, *target]
+        positive: list[float] = [*original, *crop, *target]
         if starts_from_picture:
             # diffusers forgets the negative crop here and takes the crop; so do we if none is given
             cropped = negative_crop if any(negative_crop) else crop
@@ -252,23 +285,21 @@ class StableDiffusionXL(StableDiffusion):
     def check_ids(self, ids: Tensor, pooled: Tensor) -> None:
         """Raises RequestError unless the UNet takes that many numbers and pooled channels."""
         config = self.unet.config
-        wanted = config.projection_class_embeddings_input_dim
-        if config.addition_embed_type != "text_time" or wanted is None:
+        wanted, per_number = (
+            config.projection_class_embeddings_input_dim,
+            config.addition_time_embed_dim,
+        )
+        if config.addition_embed_type != "text_time" or wanted is None or per_number is None:
             raise RequestError(
                 "unet is not SDXL's: its config has no addition_embed_type='text_time'"
             )
-        given = ids.shape[1] * config.addition_time_embed_dim + pooled.shape[1]
+        given = ids.shape[1] * per_number + pooled.shape[1]
         if given != wanted:
             raise RequestError(
                 f"unet takes {wanted} channels of sizes and pooled text, but {given} were made; "
                 f"requires_aesthetics_score={self.requires_aesthetics_score} or text_encoder_2 "
                 "does not belong to it"
             )
-
-
-def listed(text: str | Sequence[str] | None) -> list[str]:
-    """One text or several as a list."""
-    return [text] if isinstance(text, str) else list(text or ())
 
 
 def given_text(name: str, tokens: Tensor | None, pooled: Tensor | None) -> Text | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from torch import Tensor
 
@@ -21,11 +21,36 @@ SCHEDULER_CONFIG_NAME = "scheduler_config.json"
 SchedulerT = TypeVar("SchedulerT", bound="Scheduler")
 
 
-class Plan(NamedTuple):
-    """The times of one run: at step i the latents go from timesteps[i] to next_timesteps[i]."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The times of one run: at step i the latents go from timesteps[i] to next_timesteps[i].
 
-    timesteps: Tensor  # (N,) int64, descending
-    next_timesteps: Tensor  # (N,) int64; negative behind the last step
+    Unpacks into these two: `for t, t_next in zip(*plan)`.
+    """
+
+    timesteps: Tensor  # (N,) descending, int64 or float32: what the network is told
+    next_timesteps: Tensor  # (N,) of the same dtype or exact; negative behind the last step
+    exact: Tensor | None = None  # (N,) float32: where the latents are, if the network is told less
+    begin: int = 0  # the place of the first step in the run that this is a part of
+    total: int | None = None  # the steps of that run; None: N
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.timesteps, self.next_timesteps))
+
+    @property
+    def start(self) -> Tensor:
+        """The time () of the latents that the run starts from."""
+        return (self.timesteps if self.exact is None else self.exact)[0]
+
+    def part(self, begin: int, end: int) -> Plan:
+        """Steps `begin` to `end` - 1, which still know their places in the whole run."""
+        return Plan(
+            self.timesteps[begin:end],
+            self.next_timesteps[begin:end],
+            None if self.exact is None else self.exact[begin:end],
+            self.begin + begin,
+            len(self.timesteps) if self.total is None else self.total,
+        )
 
 
 @dataclass(frozen=True)
@@ -43,7 +68,7 @@ class Scheduler:
 
     config_class: ClassVar[type[SchedulerConfig]] = SchedulerConfig
     order = 1
-    init_noise_sigma = 1.0
+    takes_eta: ClassVar[bool] = False  # whether `update` and `step` have an argument `eta`
     config: Any  # an instance of config_class
 
     def __init__(self, **config: Any) -> None:
@@ -134,6 +159,23 @@ class Scheduler:
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """One step: (z at the next time, predicted z_0)."""
+        self._refuse()
+
+    def updater(self, plan: Plan) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The steps of one run; those of a multistep solver remember the run's last ones."""
+        return self.update
+
+    def start_scale(self, plan: Plan) -> float:
+        """The deviation of the noise that a run starts from."""
+        return 1.0
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The same, in the units of `step`."""
+        return 1.0
+
+    def diffuse(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """z_t from z_0 and noise (B, ...) at times t (B,), in the units of `update`."""
         self._refuse()
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:

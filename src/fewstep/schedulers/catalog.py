@@ -9,7 +9,12 @@ from ..checkpoints.config import Config
 from ..errors import UnsupportedConfig
 from .base import Scheduler
 from .ddim import DDIMScheduler
+from .ddpm import DDPMScheduler
+from .dpm_solver import DPMSolverMultistepScheduler
+from .euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from .lcm import LCMScheduler
+from .pndm import PNDMScheduler
+from .tcd import TCDScheduler
 
 
 class ConfigOnlyScheduler(Scheduler):
@@ -31,13 +36,7 @@ class ConfigOnlyScheduler(Scheduler):
 class DDIMInverseScheduler(ConfigOnlyScheduler): ...
 
 
-class DDPMScheduler(ConfigOnlyScheduler): ...
-
-
 class DEISMultistepScheduler(ConfigOnlyScheduler): ...
-
-
-class DPMSolverMultistepScheduler(ConfigOnlyScheduler): ...
 
 
 class DPMSolverSDEScheduler(ConfigOnlyScheduler): ...
@@ -47,12 +46,6 @@ class DPMSolverSinglestepScheduler(ConfigOnlyScheduler): ...
 
 
 class EDMEulerScheduler(ConfigOnlyScheduler): ...
-
-
-class EulerAncestralDiscreteScheduler(ConfigOnlyScheduler): ...
-
-
-class EulerDiscreteScheduler(ConfigOnlyScheduler): ...
 
 
 class HeunDiscreteScheduler(ConfigOnlyScheduler): ...
@@ -67,20 +60,21 @@ class KDPM2DiscreteScheduler(ConfigOnlyScheduler): ...
 class LMSDiscreteScheduler(ConfigOnlyScheduler): ...
 
 
-class PNDMScheduler(ConfigOnlyScheduler): ...
-
-
-class TCDScheduler(ConfigOnlyScheduler): ...
-
-
 class UniPCMultistepScheduler(ConfigOnlyScheduler): ...
 
 
-SCHEDULERS: Mapping[str, type[Scheduler]] = {
-    "LCMScheduler": LCMScheduler,
-    "DDIMScheduler": DDIMScheduler,
-    **{scheduler.__name__: scheduler for scheduler in ConfigOnlyScheduler.__subclasses__()},
-}
+CLASSES: tuple[type[Scheduler], ...] = (
+    LCMScheduler,
+    TCDScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    *ConfigOnlyScheduler.__subclasses__(),
+)
+SCHEDULERS: Mapping[str, type[Scheduler]] = {kind.__name__: kind for kind in CLASSES}
 
 
 def scheduler_from_config(config: Mapping[str, Any]) -> Scheduler:

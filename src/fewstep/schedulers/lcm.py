@@ -11,9 +11,10 @@ from torch import Tensor
 from ..diffusion import lcm_step, lcm_timesteps
 from ..errors import RequestError
 from ..outputs import Output
-from ..random import Generators, randn
+from ..random import Generators
 from .base import Plan
-from .sampling import SamplingConfig, SamplingScheduler, followers, rows, working_dtype
+from .sampling import SamplingConfig, SamplingScheduler, drawing, working_dtype
+from .times import followers
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class LCMSchedulerOutput(Output):
     denoised: Tensor | None = None
 
 
-class LCMScheduler(SamplingScheduler):
-    """Multistep consistency sampling (LCM, Alg. 3): predict z_0, add noise, repeat."""
+class DistilledScheduler(SamplingScheduler):
+    """Base of the schedulers whose times are taken from the grid of a distillation."""
 
     config_class = LCMConfig
 
@@ -57,15 +58,40 @@ class LCMScheduler(SamplingScheduler):
             raise RequestError(f"strength must lie in (0, 1], got {strength}")
         steps = self.steps_or_times(num_inference_steps, timesteps)
         if isinstance(steps, int):
-            original = original_inference_steps
-            if original is None:
-                original = self.config.original_inference_steps
+            original = self.grid(steps, original_inference_steps)
             times = lcm_timesteps(steps, original, len(self), strength)
         else:
             times = steps[len(steps) - int(len(steps) * strength) :]
             if not len(times):
                 raise RequestError(f"strength={strength} leaves none of {len(steps)} timesteps")
         return Plan(times, followers(times))
+
+    def grid(self, steps: int, original_inference_steps: int | None) -> int:
+        """The number of times in the grid that a run of `steps` takes its own from."""
+        if original_inference_steps is None:
+            return int(self.config.original_inference_steps)
+        return original_inference_steps
+
+    def set_timesteps(  # type: ignore[override]  # diffusers' order of arguments
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        original_inference_steps: int | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+        strength: float = 1.0,
+    ) -> None:
+        """Plan a run for `step`; arguments as in `plan`, and the device of `self.timesteps`."""
+        plan = self.plan(
+            num_inference_steps,
+            timesteps=timesteps,
+            original_inference_steps=original_inference_steps,
+            strength=strength,
+        )
+        self.begin_run(plan, device, custom=timesteps is not None)
+
+
+class LCMScheduler(DistilledScheduler):
+    """Multistep consistency sampling (LCM, Alg. 3): predict z_0, add noise, repeat."""
 
     def update(
         self, output: Tensor, z: Tensor, t: Tensor, t_next: Tensor, draw: Callable[[], Tensor]
@@ -90,23 +116,6 @@ class LCMScheduler(SamplingScheduler):
         )
         return z_next.to(z.dtype), z0.to(z.dtype)
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
-        original_inference_steps: int | None = None,
-        timesteps: Sequence[int] | Tensor | None = None,
-        strength: float = 1.0,
-    ) -> None:
-        """Plan a run for `step`; arguments as in `plan`, and the device of `self.timesteps`."""
-        plan = self.plan(
-            num_inference_steps,
-            timesteps=timesteps,
-            original_inference_steps=original_inference_steps,
-            strength=strength,
-        )
-        self.begin_run(plan, device, custom=timesteps is not None)
-
     def step(
         self,
         model_output: Tensor,
@@ -116,20 +125,6 @@ class LCMScheduler(SamplingScheduler):
         return_dict: bool = True,
     ) -> LCMSchedulerOutput | tuple[Tensor, Tensor]:
         """The next step of the planned run. Noise is drawn except at the last."""
-        plan = self.planned()
-        if self._step_index is None:
-            begin = self._begin_index
-            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
-        if self._step_index >= len(plan.timesteps):
-            raise RequestError(
-                f"all {len(plan.timesteps)} planned steps are done; call set_timesteps again"
-            )
-        z_next, z0 = self.update(
-            model_output,
-            sample,
-            rows(timestep, sample),
-            rows(plan.next_timesteps[self._step_index], sample),
-            lambda: randn(model_output.shape, generator, model_output.device, sample.dtype),
-        )
-        self._step_index += 1
+        draw = drawing(model_output, generator, sample.dtype)
+        z_next, z0, _ = self.advance(model_output, timestep, sample, draw)
         return LCMSchedulerOutput(z_next, z0) if return_dict else (z_next, z0)
