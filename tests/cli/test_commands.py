@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 
 from fewstep.cli.info import model_facts
@@ -16,7 +18,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.mark.parametrize(
     "command",
-    ["data emoji", "train", "recipes", "package", "evaluate", "info"],
+    ["data emoji", "train", "recipes", "package", "evaluate", "info", "run", "canny", "models"],
 )
 def test_every_command_has_help_with_examples(command: str, run: Run) -> None:
     code, out, _ = run(*command.split(), "--help")
@@ -50,6 +52,9 @@ def test_recipes_prints_one_in_full(run: Run) -> None:
         ("data emoji --output x --styles oil", "styles=['oil'] (have: 3d"),
         ("package x y", "run='x' has no finished LCM"),
         ("package x y --figures no.md", "--figures no.md: cannot be read"),
+        ("canny no.png", "FILE no.png: no such file; give a PNG, JPEG or WebP file"),
+        ("canny no.png --low -1", "--low"),
+        ("models extra", "unexpected extra argument"),
         ("evaluate --sprites x --output y --steps 1,none", "--steps 1,none: must be numbers"),
         ("evaluate --sprites x --output y --model SD", "is no guidance-distilled LCM; give one"),
     ],
@@ -62,6 +67,21 @@ def test_bad_input_ends_in_one_line(command: str, words: str, run: Run, sd_folde
     assert error.count("\n") == 1
     assert words in error
     assert list(Path().iterdir()) == []
+
+
+def test_canny_draws_edges(run: Run, tmp_path: Path) -> None:
+    photo = PIL.Image.new("RGB", (40, 30))
+    photo.paste("white", (10, 10, 30, 20))
+    photo.save(tmp_path / "photo.png")
+    for name in ("photo-edges.png", "photo-edges-2.png"):
+        assert run("canny", tmp_path / "photo.png") == (0, f"{name}\n", "")
+    assert (
+        run("canny", tmp_path / "photo.png", "--low", 5000, "--high", 5000, "-o", "no.png")[0] == 0
+    )
+    white = [np.asarray(PIL.Image.open(name)).mean() for name in ("photo-edges.png", "no.png")]
+    assert white[0] > white[1] == 0
+    assert run("canny", tmp_path / "photo.png", "-o", "no.png")[0] == 2
+    assert run("canny", tmp_path / "photo.png", "-o", "no.png", "--force")[0] == 0
 
 
 def test_info_tells_versions_devices_and_the_model(run: Run) -> None:

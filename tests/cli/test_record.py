@@ -9,7 +9,17 @@ import PIL.Image
 import pytest
 from PIL.PngImagePlugin import PngInfo
 
-from fewstep.cli.record import Model, Picture, Record, Source, parameters, png_text, read_record
+from fewstep.cli.record import (
+    FORMAT,
+    Addition,
+    Model,
+    Picture,
+    Record,
+    Source,
+    parameters,
+    png_text,
+    read_record,
+)
 from fewstep.errors import RequestError
 
 MODEL = Model(
@@ -50,11 +60,37 @@ def test_a_record_survives_its_file(tmp_path: Path) -> None:
     assert read_record(save(tmp_path / "a.png", png_text(RECORD))) == RECORD
 
 
+def test_what_stood_beside_the_model_survives_too(tmp_path: Path) -> None:
+    additions = (Addition("lora", "style.safetensors", 0.8, "aa" * 32),)
+    source = Source("mask.png", "ee" * 32)
+    picture = replace(PICTURE, mask=source, controls=(source, source), prompts=(source,), frames=3)
+    record = replace(RECORD, model=replace(MODEL, additions=additions), pictures=(picture,))
+    assert read_record(save(tmp_path / "a.png", png_text(record))) == record
+    assert "additions" not in RECORD.to_dict()["model"]
+
+
+def test_a_file_of_the_first_format_is_read(tmp_path: Path) -> None:
+    assert read_record(save(tmp_path / "a.png", damaged(format=1))) == RECORD
+
+
+@pytest.mark.parametrize(
+    ("changes", "task"),
+    [
+        ({}, "image-to-image"),
+        ({"image": None}, "text-to-image"),
+        ({"mask": Source("m", "")}, "inpainting"),
+        ({"image": None, "frames": 2}, "text-to-video"),
+    ],
+)
+def test_a_picture_knows_its_task(changes: dict[str, object], task: str) -> None:
+    assert replace(PICTURE, **changes).task == task  # type: ignore[arg-type]
+
+
 def test_the_text_is_json_without_what_is_not_set(tmp_path: Path) -> None:
     file = save(tmp_path / "a.png", png_text(RECORD))
     with PIL.Image.open(file) as picture:
         stored = json.loads(picture.text["fewstep"])
-    assert stored["format"] == 1
+    assert stored["format"] == FORMAT
     assert "strength" not in stored["pictures"][1]
 
 
@@ -90,7 +126,7 @@ def damaged(**changes: object) -> PngInfo:
         (damaged(pictures=[{"prompt": "x"}]), "its settings are damaged"),
         (damaged(pictures=[{**RECORD.to_dict()["pictures"][1], "seed": "7"}]), "damaged"),
         (damaged(surprise=1), "its settings are damaged"),
-        (damaged(format=2), "was drawn by a newer fewstep; update fewstep"),
+        (damaged(format=FORMAT + 1), "was drawn by a newer fewstep; update fewstep"),
     ],
 )
 def test_a_file_without_a_sound_record_is_refused(

@@ -7,9 +7,7 @@ mistyped options answer at once, without torch.
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
-import os
 import sys
 import traceback
 import warnings
@@ -20,11 +18,31 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import FewstepError, RequestError
+from ..errors import FewstepError
+from .making import making
+from .options import (
+    AdapterOption,
+    ControlImageOption,
+    ControlNetOption,
+    DeviceOption,
+    ForceOption,
+    FramesOption,
+    IpAdapterOption,
+    IpImageOption,
+    LoraOption,
+    MaskOption,
+    ModelOption,
+    MotionAdapterOption,
+    OutOption,
+    SchedulerOption,
+    dtype,
+    guidance,
+    size,
+    strength,
+)
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 DEBUG = "--debug"
-LARGEST = 8192  # pixels a side; far more is a slip of the keyboard, and would use up the memory
 
 app = typer.Typer(
     name="fewstep",
@@ -46,9 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130: interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments, rest = split(arguments)
     debug = DEBUG in arguments
     if debug:  # may stand anywhere
         arguments = [DEBUG, *(argument for argument in arguments if argument != DEBUG)]
+    arguments += rest
     try:
         with plain_warnings():
             result = app(arguments or ["--help"], prog_name="fewstep", standalone_mode=False)
@@ -62,6 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # One line, whatever the error holds.
         print("error:", " ".join(message.split()), file=sys.stderr)
         return code
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that are ours, and those behind `run SCRIPT`, which are the script's."""
+    words = [i for i, argument in enumerate(arguments) if argument != DEBUG]
+    end = words[1] + 1 if len(words) > 1 and arguments[words[0]] == "run" else len(arguments)
+    return list(arguments[:end]), list(arguments[end:])
 
 
 def explained(error: Exception) -> tuple[str, int]:
@@ -92,91 +119,6 @@ def plain_warnings() -> Iterator[None]:
         warnings.filterwarnings("always", category=UserWarning, module=r"fewstep(\.|$)")
         warnings.showwarning = line
         yield
-
-
-# ── options ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def size(text: str | tuple[int, int]) -> tuple[int, int]:
-    """ "512" or "512x768" as (width, height)."""
-    if isinstance(text, tuple):
-        return text
-    sides = text.lower().replace("×", "x").split("x")  # noqa: RUF001 - people paste it
-    if len(sides) > 2 or not all(s.isdecimal() and 0 < int(s) <= LARGEST for s in sides):
-        raise typer.BadParameter(
-            f"{text!r} is no size; give N or WIDTHxHEIGHT up to {LARGEST}, for example 512x768"
-        )
-    return int(sides[0]), int(sides[-1])
-
-
-def strength(text: str | float) -> float:
-    """A number above 0, up to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 1:
-        raise typer.BadParameter(f"{text} is not above 0 and at most 1; give for example 0.6")
-    return value
-
-
-def guidance(text: str | float) -> float:
-    """A number from 0 to 100."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 100:
-        raise typer.BadParameter(f"{text} is not from 0 to 100; give for example 4 or 7.5")
-    return value
-
-
-def step_numbers(text: str) -> tuple[int, ...]:
-    """ "1,2,4" as numbers."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise RequestError(f"--steps {text}: must be numbers with commas between, such as 1,2,4,8")
-    return tuple(map(int, parts))
-
-
-def dtype(text: str) -> str:
-    """The name of a dtype, in full."""
-    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-    name = short.get(text, text)
-    if name not in ("auto", *short.values()):
-        raise typer.BadParameter(f"{text!r} is unknown; give auto, float32, float16 or bfloat16")
-    return name
-
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="ID|FOLDER",
-        help="A hub repository or a folder in diffusers' layout, safetensors only. "
-        "Default: the model inside fewstep, which needs no network.",
-    ),
-]
-OutOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        "-o",
-        metavar="FILE.png|FOLDER",
-        help="Where to write. A folder is made if need be, and its files are kept: a new picture "
-        "takes a free name. Default: fewstep-SEED.png in this folder.",
-    ),
-]
-ForceOption = Annotated[
-    bool, typer.Option("--force", help="Replace the file of --out if it exists.")
-]
-DeviceOption = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME", help="auto, cpu, cuda, cuda:1, mps. auto: the fastest that is there."
-    ),
-]
 
 
 # ── commands ─────────────────────────────────────────────────────────────────────────────────────
@@ -212,7 +154,11 @@ def root(
     '  fewstep generate "a red apple"\n'
     '  fewstep generate "a red apple" "a green pear" -n 3 --grid --seed 7\n'
     '  fewstep generate "a cat" --image photo.jpg --strength 0.6 --out cat.png\n'
-    '  fewstep generate "a lighthouse" --model SimianLuo/LCM_Dreamshaper_v7 --size 768 --json',
+    '  fewstep generate "a lighthouse" --model SimianLuo/LCM_Dreamshaper_v7 --size 768 --json\n'
+    '  fewstep generate "a fox" -m Lykon/dreamshaper-7 --scheduler lcm \\\n'
+    "      --lora latent-consistency/lcm-lora-sdv1-5 --lora style.safetensors:0.8\n"
+    '  fewstep generate "a bird" -m SimianLuo/LCM_Dreamshaper_v7 --control-image edges.png \\\n'
+    "      --controlnet lllyasviel/sd-controlnet-canny",
 )
 def generate(
     prompts: Annotated[
@@ -229,12 +175,14 @@ def generate(
         str | None,
         typer.Option("--image", "-i", metavar="FILE|URL", help="A picture to start from."),
     ] = None,
+    mask: MaskOption = None,
     strength: Annotated[
         float | None,
         typer.Option(
             parser=strength,
             metavar="NUMBER",
-            help="How far to leave --image behind: above 0, at most 1. Default: 0.8.",
+            help="How far to leave --image behind: above 0, at most 1. Default: 0.8, with --mask "
+            "the model's own.",
         ),
     ] = None,
     negative: Annotated[
@@ -260,6 +208,15 @@ def generate(
             help="How closely to follow the prompt. Default: the model's own.",
         ),
     ] = None,
+    scheduler: SchedulerOption = None,
+    lora: LoraOption = None,
+    controlnet: ControlNetOption = None,
+    adapter: AdapterOption = None,
+    control_image: ControlImageOption = None,
+    ip_adapter: IpAdapterOption = None,
+    ip_image: IpImageOption = None,
+    motion_adapter: MotionAdapterOption = None,
+    frames: FramesOption = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -320,10 +277,20 @@ def generate(
             revision=revision,
             variant=variant,
             image=image,
+            mask=mask,
             strength=strength,
             negative=negative,
             steps=steps,
             guidance=guidance,
+            scheduler=scheduler,
+            lora=lora or (),
+            controlnet=controlnet or (),
+            adapter=adapter or (),
+            control_image=control_image or (),
+            ip_adapter=ip_adapter or (),
+            ip_image=ip_image or (),
+            motion_adapter=motion_adapter,
+            frames=frames,
             seed=seed,
             size=size,
             count=count,
@@ -383,189 +350,67 @@ def repro(
     return run(picture, out=out, force=force, model=model, image=image, device=device)
 
 
-data = typer.Typer(help="Prepare the pictures that recipes train on.", rich_markup_mode=None)
-app.add_typer(data, name="data")
-
-
-@data.command(
-    epilog="\b\nExamples:\n"
-    "  fewstep data emoji --output runs/emoji\n"
-    "  fewstep data emoji --output runs/emoji --styles 3d,flat --selection objects512",
+@app.command(
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
+    epilog="\b\nExamples:\n  fewstep run sample.py\n  fewstep run sample.py --its-own option",
 )
-def emoji(
-    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the prepared pictures go.")],
-    packages: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Where the npm packages lie or are fetched to. "
-            "Default: ~/.cache/fewstep/packages.",
-        ),
+def run(
+    script: Annotated[
+        Path, typer.Argument(metavar="SCRIPT", help="A Python script written for diffusers.")
+    ],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="ARGUMENTS", help="The script's own.")
     ] = None,
-    styles: Annotated[
-        str | None,
-        typer.Option(metavar="A,B", help="Styles of drawing, for example 3d,flat. Default: all."),
-    ] = None,
-    selection: Annotated[
-        str, typer.Option(metavar="NAME", help="Which concepts, for example objects512.")
-    ] = "all",
-) -> None:
-    """Fetch the emoji packages with npm, check their hashes, and draw them as sprites.
+) -> int:
+    """Run a script that was written for diffusers, unchanged, with fewstep in its place.
 
-    A style that is there already is kept, so an interrupted run goes on.
+    What it imports from diffusers and its parts comes from fewstep, in this process alone; a name
+    that fewstep lacks is an ImportError. The exit code is the script's.
     """
-    from ..training.emoji import STYLES, prepare_emoji
+    from .run import run_script
 
-    chosen = STYLES if styles is None else tuple(styles.split(","))
-    prepare_emoji(output, packages, styles=chosen, selection=selection)
-    print(output)
+    return run_script(script, arguments or ())
 
 
 @app.command(
     epilog="\b\nExamples:\n"
-    "  fewstep train emoji64_1_autoencoder\n"
-    "  fewstep train emoji64_4_lcm run.steps=2400 optimizer.lr=1e-4 --output runs/longer\n"
-    "  fewstep train my-recipe.toml",
+    "  fewstep canny photo.jpg\n"
+    "  fewstep canny photo.jpg --low 50 --high 120 --out edges.png",
 )
-def train(
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE", help="A name that `fewstep recipes` lists, or a file."),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Entries of the recipe to replace."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Where all phases go. Default: the recipe's own."),
-    ] = None,
-) -> None:
-    """Run a training recipe to its end and print its folder; one that was begun goes on."""
-    from ..training import train as run
-
-    try:
-        print(run(recipe, overrides or (), output))
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        raise
-
-
-@app.command(epilog="\b\nExamples:\n  fewstep recipes\n  fewstep recipes emoji64_4_lcm")
-def recipes(
-    name: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="Print this recipe in full.")
-    ] = None,
-) -> None:
-    """List the training recipes that ship with fewstep."""
-    from ..training.config import recipe_names, recipe_path
-
-    if name is not None:
-        print(recipe_path(name).read_text(encoding="utf-8"), end="")
-        return
-    names = recipe_names()
-    for each in names:
-        print(f"{each:<{max(map(len, names))}}  {about(recipe_path(each))}")
-
-
-def about(recipe: Path) -> str:
-    """The first sentence of the comment that a recipe opens with."""
-    lines = recipe.read_text(encoding="utf-8").splitlines()
-    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
-    return " ".join(line.lstrip("# ") for line in comment).partition(". ")[0].rstrip(".")
-
-
-@app.command(epilog="\b\nExamples:\n  fewstep package runs/emoji64 my-model")
-def package(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="The folder of a model's four phases.")
-    ],
-    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder for the model.")],
-    figures: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.md", help="Tables for its card, as `fewstep evaluate` writes."),
-    ] = None,
-) -> None:
-    """Make a finished training run a model folder: half precision, card, notices."""
-    from ..training.package import package_model
-
-    try:
-        text = "" if figures is None else figures.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--figures {figures}: cannot be read ({error})") from error
-    print(package_model(run, output, figures=text))
-
-
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  fewstep evaluate --sprites runs/emoji --output runs/evaluation\n"
-    "  fewstep evaluate --sprites runs/emoji --output docs/evaluation \\\n"
-    "      --model runs/emoji64/lcm/pipeline --teacher runs/emoji64/teacher/pipeline",
-)
-def evaluate(
-    sprites: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Pictures that `fewstep data emoji` prepared.")
-    ],
-    output: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where the table, the JSON and the sheet go.")
-    ],
-    model: ModelOption = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(metavar="ID|FOLDER", help="The teacher, to be judged beside the model."),
-    ] = None,
-    steps: Annotated[
-        str, typer.Option(metavar="A,B", help="Numbers of steps to judge at.")
-    ] = "1,2,4,8",
-    teacher_steps: Annotated[int, typer.Option(min=1, help="DDIM steps of the teacher.")] = 50,
-    guidance: Annotated[
-        float | None,
-        typer.Option(parser=guidance, metavar="NUMBER", help="Default: the model's own."),
-    ] = None,
-    teacher_guidance: Annotated[
-        float, typer.Option(parser=guidance, metavar="NUMBER", help="Of the teacher.")
-    ] = 3.0,
-    selection: Annotated[
-        str, typer.Option(metavar="NAME", help="The concepts that the model was trained on.")
-    ] = "objects512",
-    prompts: Annotated[
-        int | None,
-        typer.Option(min=1, help="At most so many prompts of each kind, for a quick look."),
-    ] = None,
-    cache: Annotated[
+def canny(
+    picture: Annotated[str, typer.Argument(metavar="FILE|URL", help="The picture.")],
+    low: Annotated[
+        float, typer.Option(min=0, help="Weaker edges are kept where they lead to stronger ones.")
+    ] = 100,
+    high: Annotated[float, typer.Option(min=0, help="Stronger edges are kept.")] = 200,
+    out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER",
-            help="Where probes and features are kept. Default: ~/.cache/fewstep/evaluation.",
+            "--out",
+            "-o",
+            metavar="FILE.png|FOLDER",
+            help="Where to write. Default: NAME-edges.png in this folder.",
         ),
     ] = None,
-    device: DeviceOption = "auto",
+    force: ForceOption = False,
 ) -> None:
-    """Measure an emoji model: concept recall, KID, retrieval, colours, numbers.
+    """Draw the edges of a picture, white on black, for --control-image."""
+    from .canny import canny as run
 
-    The first run makes the judges, in minutes. It needs the packages of `fewstep[evaluate]` and
-    their weights as tools/export_feature_nets.py writes them.
+    run(picture, low=low, high=high, out=out, force=force)
+
+
+@app.command(epilog="\b\nExamples:\n  fewstep models\n  fewstep models --json")
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List the models and what goes beside them in the hub's cache, and the embedded model.
+
+    Nothing is fetched. HF_HOME and HF_HUB_CACHE say where the cache is.
     """
-    from .evaluate import Plan
-    from .evaluate import evaluate as run
+    from .models import models as run
 
-    home = Path(os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep").expanduser()
-    run(
-        Plan(
-            sprites=sprites,
-            output=output,
-            cache=home / "evaluation" if cache is None else cache,
-            model=model,
-            teacher=teacher,
-            steps=step_numbers(steps),
-            teacher_steps=teacher_steps,
-            guidance=guidance,
-            teacher_guidance=teacher_guidance,
-            selection=selection,
-            prompts=prompts,
-            device=device,
-        )
-    )
+    run(as_json)
 
 
 @app.command(epilog="\b\nExamples:\n  fewstep info\n  fewstep info --json")
@@ -576,3 +421,6 @@ def info(
     from .info import info as run
 
     run(as_json)
+
+
+app.add_typer(making)

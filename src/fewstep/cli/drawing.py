@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,21 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
-from .. import EMBEDDED, __version__
+from .. import EMBEDDED, __version__, schedulers
 from ..checkpoints.locate import Source as Checkpoint
 from ..errors import CheckpointError, FewstepError, RequestError, UnsupportedConfig
 from ..models.base import WEIGHTS_STEM
-from ..pipelines.catalog import AutoPipelineForImage2Image, AutoPipelineForText2Image
+from ..pipelines.catalog import (
+    AnimateDiffPipeline,
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+)
 from ..schedulers import LCMScheduler
 from ..utils import load_image, make_image_grid
-from .record import Model, Picture, Record, Source
+from .additions import attach, call_arguments, fingerprint, load_networks, with_fingerprints
+from .options import SCHEDULERS
+from .record import Addition, Model, Picture, Record, Source
 
 # The guidance that the embedded model is best at; other models have their pipeline's default.
 EMBEDDED_GUIDANCE = 4.0
@@ -37,6 +44,13 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 
+TASKS: Mapping[str, Any] = {
+    "text-to-image": AutoPipelineForText2Image,
+    "image-to-image": AutoPipelineForImage2Image,
+    "inpainting": AutoPipelineForInpainting,
+    "text-to-video": AnimateDiffPipeline,
+}
+
 # How the pipelines' arguments are called here.
 OPTIONS = {
     "num_inference_steps": "--steps",
@@ -46,8 +60,22 @@ OPTIONS = {
     "width": "--size",
     "strength": "--strength",
     "image": "--image",
+    "mask_image": "--mask",
+    "control_image": "--control-image",
+    "ip_adapter_image": "--ip-image",
+    "num_frames": "--frames",
     "prompt": "PROMPT",
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """The pictures that a drawing is made from."""
+
+    image: PIL.Image.Image | None = None
+    mask: PIL.Image.Image | None = None
+    controls: Sequence[PIL.Image.Image] = ()
+    prompts: Sequence[PIL.Image.Image] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +90,17 @@ class Loaded:
     @property
     def defaults(self) -> tuple[int, float]:
         """The number of steps and the guidance scale where nothing is asked for."""
-        own = inspect.signature(type(self.pipe).__call__).parameters
-        steps = own["num_inference_steps"].default
-        guidance = own["guidance_scale"].default
+        steps, guidance = self.default("num_inference_steps"), self.default("guidance_scale")
         is_lcm = isinstance(self.pipe.scheduler, LCMScheduler)
-        is_embedded = self.model.id == EMBEDDED.name
-        return 4 if is_lcm else steps, EMBEDDED_GUIDANCE if is_embedded else guidance
+        if self.model.id == EMBEDDED.name:
+            guidance = EMBEDDED_GUIDANCE
+        elif is_lcm and not self.pipe.is_embedded:
+            guidance = 1.0  # distilled with the guidance in it, as LCM-LoRAs are
+        return 4 if is_lcm else steps, guidance
+
+    def default(self, argument: str) -> Any:
+        """The default of an argument of the pipeline."""
+        return inspect.signature(type(self.pipe).__call__).parameters[argument].default
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -79,19 +112,20 @@ class Loaded:
     @property
     def multiple(self) -> int:
         """What widths and heights must be a multiple of."""
-        return int(self.pipe.vae_scale_factor)
+        adapter = getattr(self.pipe, "adapter", None)
+        return max(int(self.pipe.vae_scale_factor), getattr(adapter, "downscale_factor", 1))
 
     def draw(
-        self, record: Record, image: PIL.Image.Image | None, on_step: Callable[[], Any]
-    ) -> PIL.Image.Image:
-        """The picture, or the sheet of pictures, of a record; `image` is their source picture."""
-        drawn = [self.draw_one(picture, image, on_step) for picture in record.pictures]
-        return drawn[0] if len(drawn) == 1 else sheet(drawn, record.columns)
+        self, record: Record, given: Given, on_step: Callable[[], Any]
+    ) -> list[PIL.Image.Image]:
+        """The picture, or the sheet of pictures, or the frames of the video, of a record."""
+        drawn = [self.draw_one(picture, given, on_step) for picture in record.pictures]
+        return drawn[0] if len(drawn) == 1 else [sheet([d[0] for d in drawn], record.columns)]
 
     def draw_one(
-        self, picture: Picture, image: PIL.Image.Image | None, on_step: Callable[[], Any]
-    ) -> PIL.Image.Image:
-        """One picture, drawn alone from a generator of its own on the CPU.
+        self, picture: Picture, given: Given, on_step: Callable[[], Any]
+    ) -> list[PIL.Image.Image]:
+        """One picture, or a video's frames, drawn alone from a generator of its own on the CPU.
 
         So neither the device's noise nor the other pictures of a run change its pixels.
         """
@@ -109,14 +143,43 @@ class Loaded:
         }
         if picture.negative_prompt is not None:
             request["negative_prompt"] = picture.negative_prompt
-        if image is None:
-            request |= {"width": picture.width, "height": picture.height}
-        else:
-            size = (picture.width, picture.height)
-            fitted = PIL.ImageOps.fit(image, size, PIL.Image.Resampling.LANCZOS)
-            request |= {"image": fitted, "strength": picture.strength}
-        with option_names():
-            return self.pipe(**request).images[0]
+        request |= self.arguments(picture, given)
+        steers_by_image = bool(given.controls) and given.image is None
+        with option_names({"image": "--control-image"} if steers_by_image else {}):
+            output = self.pipe(**request)
+        return list(output.images if picture.frames is None else output.frames[0])
+
+    def arguments(self, picture: Picture, given: Given) -> dict[str, Any]:
+        """The arguments of a task, and of what stands beside the model."""
+        size = (picture.width, picture.height)
+        found: dict[str, Any] = call_arguments(self.model.additions)
+        if picture.task != "image-to-image" or given.controls:
+            found |= {"width": picture.width, "height": picture.height}
+        if picture.frames is not None:
+            found["num_frames"] = picture.frames
+        if given.image is not None:
+            found |= {"image": fitted(given.image, size), "strength": picture.strength}
+        if given.mask is not None:
+            found |= {"mask_image": fitted(given.mask, size), "paste_back": True}
+        if given.controls:
+            count = len(self.model.additions_of("controlnet", "adapter"))
+            controls = [fitted(control, size) for control in repeated(given.controls, count)]
+            name = "image" if given.image is None else "control_image"
+            found[name] = controls if count > 1 else controls[0]
+        if given.prompts:
+            count = len(self.model.additions_of("ip-adapter"))
+            found["ip_adapter_image"] = list(repeated(given.prompts, count))
+        return found
+
+
+def fitted(picture: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
+    """A picture cropped to the shape of `size` and scaled to it."""
+    return PIL.ImageOps.fit(picture, size, PIL.Image.Resampling.LANCZOS)
+
+
+def repeated(pictures: Sequence[PIL.Image.Image], count: int) -> Sequence[PIL.Image.Image]:
+    """One picture for each of `count` networks; one serves all."""
+    return list(pictures) * count if len(pictures) == 1 else pictures
 
 
 def sheet(pictures: Sequence[PIL.Image.Image], columns: int) -> PIL.Image.Image:
@@ -129,66 +192,59 @@ def sheet(pictures: Sequence[PIL.Image.Image], columns: int) -> PIL.Image.Image:
 def load(
     name: str | None,
     *,
-    image: bool,
+    task: str = "text-to-image",
     device: str,
     dtype: str,
     revision: str | None = None,
     variant: str | None = None,
+    scheduler: str | None = None,
+    additions: Sequence[Addition] = (),
 ) -> Loaded:
-    """The model `name`, a hub repository or a folder; None is the embedded one.
+    """The model `name`, a hub repository or a folder, for a task; None is the embedded one.
 
-    `image`: for drawing from pictures. Raises RequestError, naming the option, if it cannot be had.
+    Raises an error that names the option if something cannot be had.
     """
     quiet_transformers()
     name = EMBEDDED.name if name is None else name
     place = os.fspath(EMBEDDED) if name == EMBEDDED.name else name
     chosen = resolve_device(device)
     numbers = resolve_dtype(dtype, chosen)
-    task = AutoPipelineForImage2Image if image else AutoPipelineForText2Image
     files = Checkpoint(place, subfolder="unet", revision=revision, variant=variant)
+    networks = load_networks(additions, numbers)
     try:
-        pipe = task.from_pretrained(place, torch_dtype=numbers, revision=revision, variant=variant)
+        pipe = TASKS[task].from_pretrained(
+            place, torch_dtype=numbers, revision=revision, variant=variant, **networks
+        )
         weights = fingerprint(files.weights(WEIGHTS_STEM))
     except UnsupportedConfig as error:
         raise UnsupportedConfig(f"--model {name}: {error}") from error
+    except RequestError as error:  # a component that this task needs is neither there nor given
+        said = str(error).replace(
+            "pass motion_adapter= to from_pretrained", "give --motion-adapter"
+        )
+        raise RequestError(f"--model {name}: {said}") from error
     except (FewstepError, OSError) as error:
         remedy = "" if Path(place).is_dir() else "; give a folder or a hub repository that is there"
         raise CheckpointError(f"--model {name}: {error}{remedy}") from error
     pipe.set_progress_bar_config(disable=True)
+    if scheduler is not None:
+        sampler = getattr(schedulers, SCHEDULERS[scheduler])
+        pipe.scheduler = sampler.from_config(pipe.scheduler.config)
     config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-    scheduler = {"_class_name": type(pipe.scheduler).__name__, **config}
-    model = Model(name, type(pipe).__name__, weights, scheduler, revision, variant)
+    stored = {"_class_name": type(pipe.scheduler).__name__, **config}
+    attach(pipe, additions)
+    found = with_fingerprints(additions)
+    model = Model(name, type(pipe).__name__, weights, stored, revision, variant, found)
     return Loaded(pipe.to(chosen), model, str(chosen), str(numbers).removeprefix("torch."))
 
 
-def fingerprint(files: list[Path]) -> str:
-    """sha256 of the files' bytes, one after another.
-
-    A file in the hub's cache is a link to a blob that is named by its sha256: that name is
-    believed, as reading gigabytes takes seconds.
-    """
-    targets = [file.resolve() for file in files]
-    if (
-        len(targets) == 1
-        and files[0].is_symlink()
-        and re.fullmatch("[0-9a-f]{64}", targets[0].name)
-    ):
-        return targets[0].name
-    digest = hashlib.sha256()
-    for target in targets:
-        with target.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def read_source(path: str) -> tuple[PIL.Image.Image, Source]:
-    """The picture of --image, upright and in RGB, and its record."""
+def read_source(path: str, option: str = "--image") -> tuple[PIL.Image.Image, Source]:
+    """The picture that an option names, upright and in RGB, and its record."""
     try:
         picture = load_image(path)
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         what = "no such file" if missing(path) else f"cannot be read as a picture ({error})"
-        raise RequestError(f"--image {path}: {what}; give a PNG, JPEG or WebP file") from error
+        raise RequestError(f"{option} {path}: {what}; give a PNG, JPEG or WebP file") from error
     digest = hashlib.sha256(f"{picture.width}x{picture.height}".encode() + picture.tobytes())
     return picture, Source(path, digest.hexdigest())
 
@@ -243,11 +299,12 @@ def quiet_transformers() -> None:
 
 
 @contextmanager
-def option_names() -> Iterator[None]:
+def option_names(changes: Mapping[str, str]) -> Iterator[None]:
     """Errors about a pipeline's arguments call them as the command line does."""
+    options = {**OPTIONS, **changes}
     try:
         yield
     except RequestError as error:
-        names = "|".join(OPTIONS)
-        text = re.sub(rf"\b({names})\b(?=[ =])", lambda found: OPTIONS[found[0]], str(error))
+        names = "|".join(options)
+        text = re.sub(rf"\b({names})\b(?=[ =])", lambda found: options[found[0]], str(error))
         raise RequestError(text) from error

@@ -37,12 +37,12 @@ def evaluate(plan: Plan) -> None:
     """Writes the report and the sheet into `plan.output` and prints the table."""
     if plan.output.exists() and not plan.output.is_dir():
         raise RequestError(f"--output {plan.output}: exists and is no folder; give a folder")
-    model = drawing.load(plan.model, image=False, device=plan.device, dtype="auto")
+    model = drawing.load(plan.model, device=plan.device, dtype="auto")
     if not model.pipe.is_embedded:
         raise RequestError(f"--model {model.model.id}: is no guidance-distilled LCM; give one")
     teacher = None
     if plan.teacher is not None:
-        teacher = drawing.load(plan.teacher, image=False, device=plan.device, dtype="auto").pipe
+        teacher = drawing.load(plan.teacher, device=plan.device, dtype="auto").pipe
     benchmark = EmojiBenchmark.prepare(
         plan.sprites, plan.cache, size=model.native_size[0], selection=plan.selection
     )

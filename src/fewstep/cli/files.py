@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import PIL.Image
 from PIL.PngImagePlugin import PngInfo
@@ -15,18 +16,27 @@ from PIL.PngImagePlugin import PngInfo
 from ..checkpoints.config import replacing
 from ..errors import RequestError
 
+STILL = (".png",)
+DURATION = 100  # milliseconds that a frame stands
+MOVING = (".png", ".webp", ".gif")
+
 
 def plan_files(
-    out: Path | None, names: Sequence[str], *, force: bool = False, folder: Path = Path()
+    out: Path | None,
+    names: Sequence[str],
+    *,
+    force: bool = False,
+    folder: Path = Path(),
+    suffixes: Sequence[str] = STILL,
 ) -> list[Path]:
     """The files that pictures called `names` (without .png) go to.
 
-    `out` is a .png file, for one picture only, or a folder, which need not exist; None means
-    `folder`. A picture in a folder takes a free name; a file that exists is kept unless `force`.
-    Raises RequestError if nothing can be written there.
+    `out` is a file with one of `suffixes`, for one picture only, or a folder, which need not exist;
+    None means `folder`. A picture in a folder takes a free name; a file that exists is kept unless
+    `force`. Raises RequestError if nothing can be written there.
     """
     if out is not None and out.suffix and not out.is_dir():
-        check_file(out, len(names), force)
+        check_file(out, len(names), force, suffixes)
         return [out]
     if force:
         raise RequestError("--force: has a meaning only with --out FILE.png; leave it out")
@@ -37,11 +47,12 @@ def plan_files(
     return list(free_names(folder, names))
 
 
-def check_file(file: Path, pictures: int, force: bool) -> None:
+def check_file(file: Path, pictures: int, force: bool, suffixes: Sequence[str] = STILL) -> None:
     """Raises RequestError unless `file` can take the one picture."""
-    if file.suffix.lower() != ".png":
+    if file.suffix.lower() not in suffixes:
+        why = "only PNG files keep the settings" if suffixes == STILL else "cannot hold a video"
         raise RequestError(
-            f"--out {file}: only PNG files keep the settings; give a name in .png, or a folder"
+            f"--out {file}: {why}; give a name in {' or '.join(suffixes)}, or a folder"
         )
     if pictures > 1:
         raise RequestError(
@@ -74,13 +85,32 @@ def check_writable(folder: Path) -> None:
 
 def write_png(picture: PIL.Image.Image, file: Path, text: PngInfo) -> None:
     """Writes `picture` with its text: the whole file, or on failure nothing."""
+    write_pictures([picture], file, text)
+
+
+def write_pictures(frames: Sequence[PIL.Image.Image], file: Path, text: PngInfo) -> None:
+    """Writes a picture, or the frames of a video: the whole file, or on failure nothing.
+
+    Without loss, but for GIF's 256 colours. Only PNG files hold the text.
+    """
     try:
         with replacing(file) as beside, beside.open("wb") as stream:
-            picture.save(stream, format="PNG", pnginfo=text)
+            save(frames, stream, file.suffix.lower(), text)
             stream.flush()
             os.fsync(stream.fileno())  # a full disk may show only now
     except OSError as error:
         raise unwritable(file, error) from error
+
+
+def save(
+    frames: Sequence[PIL.Image.Image], stream: BinaryIO, suffix: str, text: PngInfo | None = None
+) -> None:
+    """Writes frames to a stream in the format of a suffix; several play over and over."""
+    first, *rest = frames
+    how: dict[str, Any] = {"pnginfo": text} if suffix == ".png" else {"lossless": True}
+    if rest:
+        how |= {"save_all": True, "append_images": rest, "duration": DURATION, "loop": 0}
+    first.save(stream, format=suffix.removeprefix(".").upper(), **how)
 
 
 def unwritable(place: Path, error: OSError) -> RequestError:

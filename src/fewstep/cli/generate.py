@@ -10,19 +10,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import torch
 
 from ..errors import RequestError
 from . import drawing
-from .drawing import Loaded
-from .files import plan_files, write_png
-from .record import Picture, Record, Source, png_text
+from .additions import named
+from .drawing import Given, Loaded
+from .files import MOVING, STILL, plan_files, write_pictures
+from .record import Addition, Picture, Record, png_text
 from .terminal import Progress, show
 
 LAST_SEED = 2**63 - 1
-STRENGTH = 0.8  # as in the pipelines
+STRENGTH = 0.8  # of image to image, as in the pipelines
+FRAMES = 16
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,20 @@ class Request:
     revision: str | None = None
     variant: str | None = None
     image: str | None = None
+    mask: str | None = None
     strength: float | None = None
     negative: str | None = None
     steps: int | None = None
     guidance: float | None = None
+    scheduler: str | None = None
+    lora: Sequence[str] = ()  # NAME or NAME:WEIGHT, as all that follow
+    controlnet: Sequence[str] = ()
+    adapter: Sequence[str] = ()
+    control_image: Sequence[str] = ()
+    ip_adapter: Sequence[str] = ()
+    ip_image: Sequence[str] = ()
+    motion_adapter: str | None = None
+    frames: int | None = None
     seed: int | None = None
     size: tuple[int, int] | None = None  # width, height
     count: int = 1  # pictures of each prompt
@@ -49,6 +62,27 @@ class Request:
     as_json: bool = False
     show: bool | None = None
 
+    @property
+    def is_video(self) -> bool:
+        """Whether frames are asked for."""
+        return self.frames is not None or self.motion_adapter is not None
+
+    @property
+    def additions(self) -> list[Addition]:
+        """What is to stand beside the model."""
+        motion = [] if self.motion_adapter is None else [self.motion_adapter]
+        return [
+            named(kind, name)
+            for kind, names in (
+                ("lora", self.lora),
+                ("controlnet", self.controlnet),
+                ("adapter", self.adapter),
+                ("ip-adapter", self.ip_adapter),
+                ("motion-adapter", motion),
+            )
+            for name in names
+        ]
+
 
 def generate(request: Request) -> None:
     """Draws what `request` asks for and prints where it went.
@@ -56,40 +90,117 @@ def generate(request: Request) -> None:
     What can be checked without the model is checked before it is loaded, the rest before the first
     step.
     """
-    if request.strength is not None and request.image is None:
-        raise RequestError(f"--strength {request.strength:g}: has a meaning only with --image")
+    check(request)
     seeds = seeds_of(request)
-    files = plan_files(request.out, file_names(seeds, request.grid), force=request.force)
-    image, source = (None, None) if request.image is None else drawing.read_source(request.image)
+    files = plan_files(
+        request.out,
+        file_names(seeds, request.grid),
+        force=request.force,
+        suffixes=MOVING if request.is_video else STILL,
+    )
+    given, first = read_pictures(request)
 
     started = time.perf_counter()
     loaded = drawing.load(
         request.model,
-        image=image is not None,
+        task=first.task,
         device=request.device,
         dtype=request.dtype,
         revision=request.revision,
         variant=request.variant,
+        scheduler=request.scheduler,
+        additions=request.additions,
     )
-    pictures = complete(request, seeds, loaded, image, source)
+    pictures = complete(request, seeds, loaded, given, first)
     records = records_of(loaded, pictures, request.grid)
     ready = time.perf_counter()
     steps = pictures[0].steps
     done = 0
     with Progress(len(pictures) * steps) as progress:
         for file, record in zip(files, records, strict=True):
-            pixels = loaded.draw(record, image, progress.advance)
-            write_png(pixels, file, png_text(record))
+            frames = loaded.draw(record, given, progress.advance)
+            write_pictures(frames, file, png_text(record))
             progress.reach((done := done + len(record.pictures)) * steps)
             progress.make_way()
             if not request.as_json:
                 print(file, flush=True)
-                show(file, request.show, sys.stdout)
+                if file.suffix == ".png":
+                    show(file, request.show, sys.stdout)
     if request.as_json:
         finished = time.perf_counter()
         seconds = {"load": round(ready - started, 3), "draw": round(finished - ready, 3)}
         results = [{"path": str(f), **r.to_dict()} for f, r in zip(files, records, strict=True)]
         print(json.dumps({"files": results, "seconds": seconds}, ensure_ascii=False))
+
+
+def check(request: Request) -> None:
+    """Refuses options that have no meaning together, before anything is read."""
+    r = request
+    steering = "--controlnet" if r.controlnet else "--adapter"
+    networks = len(r.controlnet) or len(r.adapter)
+    refusals = [
+        (r.strength is not None and r.image is None, f"--strength {r.strength}", "--image"),
+        (r.mask is not None and r.image is None, f"--mask {r.mask}", "--image"),
+        (r.control_image and not networks, "--control-image", "--controlnet or --adapter"),
+        (networks and not r.control_image, steering, "--control-image FILE"),
+        (r.ip_image and not r.ip_adapter, "--ip-image", "--ip-adapter"),
+        (r.ip_adapter and not r.ip_image, "--ip-adapter", "--ip-image FILE"),
+    ]
+    for refused, option, other in refusals:
+        if refused:
+            raise RequestError(f"{option}: has a meaning only with {other}")
+    exclusive = [
+        ("--controlnet", r.controlnet, "--adapter", r.adapter),
+        ("--adapter", r.adapter, "--image", r.image),
+        ("--frames", r.is_video, "--image", r.image),
+        ("--frames", r.is_video, "--controlnet", r.controlnet),
+        ("--frames", r.is_video, "--adapter", r.adapter),
+        ("--frames", r.is_video, "--grid", r.grid),
+    ]
+    for option, has, other, has_other in exclusive:
+        if has and has_other:
+            raise RequestError(f"{option}: cannot be used with {other}; leave one of them out")
+    for option, pictures, count in (
+        ("--control-image", r.control_image, networks),
+        ("--ip-image", r.ip_image, len(r.ip_adapter)),
+    ):
+        if len(pictures) not in (0, 1, count):
+            raise RequestError(
+                f"{option}: was given {len(pictures)} times for {count} networks; give one picture "
+                "for all, or one for each in their order"
+            )
+
+
+def read_pictures(request: Request) -> tuple[Given, Picture]:
+    """The pictures that a request names, and a picture's record with nothing else in it."""
+
+    def read(option: str, paths: Sequence[str | None]) -> Any:
+        found = [drawing.read_source(path, option) for path in paths if path is not None]
+        return [p for p, _ in found], tuple(source for _, source in found)
+
+    image, image_source = read("--image", [request.image])
+    mask, mask_source = read("--mask", [request.mask])
+    controls, control_sources = read("--control-image", request.control_image)
+    prompts, prompt_sources = read("--ip-image", request.ip_image)
+    if mask and mask[0].size != image[0].size:
+        sizes = [f"{picture.width}x{picture.height}" for picture in (mask[0], image[0])]
+        raise RequestError(
+            f"--mask {request.mask}: is {sizes[0]}, and --image {sizes[1]}; give one of that size"
+        )
+    given = Given(next(iter(image), None), next(iter(mask), None), controls, prompts)
+    return given, Picture(
+        prompt="",
+        seed=0,
+        steps=0,
+        guidance_scale=0.0,
+        width=0,
+        height=0,
+        image=next(iter(image_source), None),
+        mask=next(iter(mask_source), None),
+        controls=control_sources,
+        prompts=prompt_sources,
+        frames=(request.frames or FRAMES) if request.is_video else None,
+    )
 
 
 def seeds_of(request: Request) -> list[int]:
@@ -109,25 +220,19 @@ def file_names(seeds: Sequence[int], grid: bool) -> list[str]:
 
 
 def complete(
-    request: Request,
-    seeds: Sequence[int],
-    loaded: Loaded,
-    image: PIL.Image.Image | None,
-    source: Source | None,
+    request: Request, seeds: Sequence[int], loaded: Loaded, given: Given, first: Picture
 ) -> list[Picture]:
     """The pictures to draw, with the model's own choices where nothing was asked for."""
-    width, height = size_of(request.size, loaded, image)
+    width, height = size_of(request.size, loaded, shape_of(given))
     steps, guidance = loaded.defaults
-    first = Picture(
-        prompt="",
-        seed=0,
+    first = replace(
+        first,
         steps=steps if request.steps is None else request.steps,
         guidance_scale=guidance if request.guidance is None else request.guidance,
         width=width,
         height=height,
         negative_prompt=request.negative,
-        strength=None if image is None else request.strength or STRENGTH,
-        image=source,
+        strength=strength_of(request, loaded, first.task),
     )
     if request.negative is not None:
         if loaded.pipe.is_embedded:
@@ -145,6 +250,18 @@ def complete(
         replace(first, prompt=prompt, seed=seed)
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
+
+
+def strength_of(request: Request, loaded: Loaded, task: str) -> float | None:
+    """How far to leave the picture behind: of a mask's white part nothing is kept by default."""
+    if request.image is None or request.strength is not None:
+        return request.strength
+    return loaded.default("strength") if task == "inpainting" else STRENGTH
+
+
+def shape_of(given: Given) -> PIL.Image.Image | None:
+    """The picture whose shape the drawing takes."""
+    return given.image or next(iter(given.controls), None)
 
 
 def size_of(

@@ -18,13 +18,13 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..errors import RequestError
 
-FORMAT = 1  # of the JSON; a newer one is refused
+FORMAT = 2  # of the JSON; a newer one is refused. 2 added what stands beside the first model
 KEY = "fewstep"
 
 
 @dataclass(frozen=True)
 class Source:
-    """The picture that an image-to-image drawing starts from."""
+    """A picture that a drawing was made from."""
 
     path: str  # as it was given
     sha256: str  # of its size and its RGB pixels, upright
@@ -43,11 +43,34 @@ class Picture:
     negative_prompt: str | None = None
     strength: float | None = None  # None: drawn from noise alone
     image: Source | None = None
+    mask: Source | None = None
+    controls: tuple[Source, ...] = ()  # one per ControlNet or T2I-Adapter, or one for all
+    prompts: tuple[Source, ...] = ()  # one per IP-Adapter, or one for all
+    frames: int | None = None  # None: a still picture
+
+    @property
+    def task(self) -> str:
+        """What was done, by the pipelines' names."""
+        if self.frames is not None:
+            return "text-to-video"
+        if self.mask is not None:
+            return "inpainting"
+        return "text-to-image" if self.image is None else "image-to-image"
 
     def __post_init__(self) -> None:
         numbers = (self.seed, self.steps, self.width, self.height)  # a file may hold anything
         if not isinstance(self.prompt, str) or not all(isinstance(n, int) for n in numbers):
             raise ValueError("a prompt, or a number, is of another type")
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A network, or a change of one, that was loaded beside the model."""
+
+    kind: str  # the option's name: "lora", "controlnet", ...
+    id: str  # as it was given
+    weight: float = 1.0
+    weights: str = ""  # sha256 of its files
 
 
 @dataclass(frozen=True)
@@ -60,6 +83,11 @@ class Model:
     scheduler: Mapping[str, Any]  # its config, with _class_name
     revision: str | None = None
     variant: str | None = None
+    additions: tuple[Addition, ...] = ()
+
+    def additions_of(self, *kinds: str) -> list[Addition]:
+        """Those of some kinds, in their order."""
+        return [addition for addition in self.additions if addition.kind in kinds]
 
 
 @dataclass(frozen=True)
@@ -76,26 +104,36 @@ class Record:
     format: int = field(default=FORMAT)
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as plain values, without what is None."""
+        """The record as plain values, without what a picture or the model has not."""
         plain = asdict(self)
         plain["pictures"] = [
-            {key: value for key, value in picture.items() if value is not None}
+            {key: value for key, value in picture.items() if value not in (None, ())}
             for picture in plain["pictures"]
         ]
+        if not plain["model"]["additions"]:
+            del plain["model"]["additions"]
         return plain
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Record:
         """The record of `to_dict`. Raises KeyError, TypeError or ValueError if it is not one."""
-        pictures = tuple(
-            Picture(
-                **{**picture, "image": Source(**image) if (image := picture.get("image")) else None}
-            )
-            for picture in stored["pictures"]
-        )
+        pictures = tuple(map(picture_of, stored["pictures"]))
         if not pictures:
             raise ValueError("no pictures")
-        return cls(**{**stored, "model": Model(**stored["model"]), "pictures": pictures})
+        model = dict(stored["model"])
+        model["additions"] = tuple(Addition(**entry) for entry in model.get("additions", ()))
+        return cls(**{**stored, "model": Model(**model), "pictures": pictures, "format": FORMAT})
+
+
+def picture_of(stored: Mapping[str, Any]) -> Picture:
+    """The picture of plain values."""
+    found = dict(stored)
+    for name in ("image", "mask"):
+        if found.get(name) is not None:
+            found[name] = Source(**found[name])
+    for name in ("controls", "prompts"):
+        found[name] = tuple(Source(**entry) for entry in found.get(name, ()))
+    return Picture(**found)
 
 
 def png_text(record: Record) -> PngInfo:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageSequence
 import torch
 
 from ..errors import RequestError
 from ..schedulers import scheduler_from_config
 from . import drawing
-from .drawing import Loaded
-from .files import plan_files, write_png
-from .record import Record, png_text, read_record
+from .drawing import Given, Loaded
+from .files import plan_files, save, write_pictures
+from .record import Addition, Model, Picture, Record, Source, png_text, read_record
 from .terminal import Progress
 
 
@@ -35,57 +38,85 @@ def repro(
     """
     record = read_record(file)
     targets = [] if out is None else plan_files(out, [f"{file.stem}-repro"], force=force)
-    source = source_of(record, file, image)
+    given = pictures_of(record.pictures[0], file, image)
     loaded = drawing.load(
         model or record.model.id,
-        image=source is not None,
+        task=record.pictures[0].task,
         device=device or available(record.device),
         dtype=record.dtype,
         revision=record.model.revision if model is None else None,
         variant=record.model.variant if model is None else None,
+        additions=record.model.additions,
     )
-    if loaded.model.weights != record.model.weights:
-        raise RequestError(
-            f"--model {loaded.model.id}: holds other weights than those that drew {file} with "
-            f"fewstep {record.versions.get('fewstep')} (sha256 {record.model.weights[:10]}..., "
-            f"not {loaded.model.weights[:10]}...); give the folder of the original with --model"
-        )
+    check_weights(record, loaded, file)
     loaded.pipe.scheduler = scheduler_from_config(record.model.scheduler)
     with (
         threads(record.threads),
         Progress(sum(picture.steps for picture in record.pictures)) as progress,
     ):
-        drawn = loaded.draw(record, source, progress.advance)
+        drawn = loaded.draw(record, given, progress.advance)
     for target in targets:
-        write_png(drawn, target, png_text(record))
-    with PIL.Image.open(file) as original:
-        verdict, code = compare(original.convert("RGB"), drawn)
+        write_pictures(drawn, target, png_text(record))
+    again = BytesIO()
+    save(drawn, again, file.suffix.lower())
+    verdict, code = compare(frames_of(file), frames_of(again))
     print(f"{verdict}: {file}" + (f"; drawn again as {targets[0]}" if targets else ""))
     if code and (changes := differences(record, loaded)):
         print(f"drawn with {changes}")
     return code
 
 
-def source_of(record: Record, file: Path, given: str | None) -> PIL.Image.Image | None:
-    """The source picture of a record: the one given, or the recorded path, also beside `file`."""
-    wanted = record.pictures[0].image
-    if wanted is None:
-        if given is not None:
+def check_weights(record: Record, loaded: Loaded, file: Path) -> None:
+    """Refuses networks that hold other weights than those that drew `file`."""
+    options = ["--model", *(f"--{addition.kind}" for addition in record.model.additions)]
+    wanted: list[Model | Addition] = [record.model, *record.model.additions]
+    found: list[Model | Addition] = [loaded.model, *loaded.model.additions]
+    for option, then, now in zip(options, wanted, found, strict=True):
+        if now.weights != then.weights:
+            there = "give the original's folder with --model"
+            remedy = there if now is loaded.model else "put the original there"
             raise RequestError(
-                f"--image {given}: {file} was not drawn from a picture; leave it out"
+                f"{option} {now.id}: holds other weights than those that drew {file} with "
+                f"fewstep {record.versions.get('fewstep')} (sha256 {then.weights[:10]}..., "
+                f"not {now.weights[:10]}...); {remedy}"
             )
-        return None
+
+
+def pictures_of(picture: Picture, file: Path, image: str | None) -> Given:
+    """The pictures that a picture was drawn from; `image` stands in for the one it started from."""
+    if image is not None and picture.image is None:
+        raise RequestError(f"--image {image}: {file} was not drawn from a picture; leave it out")
+
+    def found(option: str, source: Source | None, given: str | None = None) -> Any:
+        return None if source is None else read_again(option, source, file, given)
+
+    return Given(
+        image=found("--image", picture.image, image),
+        mask=found("--mask", picture.mask),
+        controls=[found("--control-image", source) for source in picture.controls],
+        prompts=[found("--ip-image", source) for source in picture.prompts],
+    )
+
+
+def read_again(option: str, wanted: Source, file: Path, given: str | None) -> PIL.Image.Image:
+    """A source picture: the one given, or that at the recorded path, or the one beside `file`."""
     path = given or wanted.path
     beside = file.parent / Path(wanted.path).name
     if given is None and drawing.missing(path) and beside.is_file():
         path = str(beside)
-    picture, found = drawing.read_source(path)
+    picture, found = drawing.read_source(path, option)
     if found.sha256 != wanted.sha256:
         raise RequestError(
-            f"--image {path}: is not the picture that {file} was drawn from (its pixels differ); "
+            f"{option} {path}: is not the picture that {file} was drawn from (its pixels differ); "
             "give that one"
         )
     return picture
+
+
+def frames_of(file: Path | BytesIO) -> list[PIL.Image.Image]:
+    """The picture of a file, or the frames of its video, in RGB."""
+    with PIL.Image.open(file) as picture:
+        return [frame.convert("RGB") for frame in PIL.ImageSequence.Iterator(picture)]
 
 
 def available(device: str) -> str:
@@ -107,15 +138,19 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def compare(original: PIL.Image.Image, drawn: PIL.Image.Image) -> tuple[str, int]:
-    """What to say of two RGB pictures, and the exit code."""
-    if original.size != drawn.size:
-        return f"differs in size ({original.size} and {drawn.size})", 1
-    a, b = (np.asarray(picture, dtype=np.int16) for picture in (original, drawn))
+def compare(
+    original: Sequence[PIL.Image.Image], drawn: Sequence[PIL.Image.Image]
+) -> tuple[str, int]:
+    """What to say of two lists of RGB pictures, and the exit code."""
+    if original[0].size != drawn[0].size:
+        return f"differs in size ({original[0].size} and {drawn[0].size})", 1
+    if len(original) != len(drawn):
+        return f"differs in the number of frames ({len(original)} and {len(drawn)})", 1
+    a, b = (np.stack([np.asarray(p, dtype=np.int16) for p in each]) for each in (original, drawn))
     off = np.abs(a - b)
     if not off.any():
         return "identical", 0
-    pixels = off.any(axis=2).mean()
+    pixels = off.any(axis=-1).mean()
     return f"differs by at most {off.max()} of 255, in {pixels:.2%} of the pixels", 1
 
 
