@@ -444,7 +444,7 @@ def test_an_lcm_pipeline_needs_an_lcm(sd: Any, lcm: Any) -> None:
 def test_eta_is_for_ddim(sd: Any) -> None:
     pipe = quiet(StableDiffusionPipeline.from_pipe(sd, scheduler=LCMScheduler()))
     with pytest.raises(RequestError, match=r"eta=0.5 is an argument of the DDIMScheduler"):
-        pipe("a cat", num_inference_steps=4, eta=0.5)
+        pipe("a cat", num_inference_steps=4, guidance_scale=1, eta=0.5)
 
 
 def test_a_scheduler_that_cannot_sample_says_what_can(sd: Any) -> None:

@@ -204,18 +204,8 @@ def test_a_missing_component_is_named(folder: Path) -> None:
         DiffusionPipeline.from_pretrained(folder)
 
 
-def test_a_safety_checker_is_left_out_and_said_so(folder: Path) -> None:
-    change_index(
-        folder,
-        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
-        feature_extractor=["transformers", "CLIPFeatureExtractor"],
-    )
-    with pytest.warns(UserWarning, match="safety checker is not implemented") as caught:
-        pipe = DiffusionPipeline.from_pretrained(folder)
-    assert len(caught) == 1
-    assert pipe.safety_checker is None and pipe.feature_extractor is None
-    DiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    with pytest.raises(RequestError, match="safety_checker=Linear is not supported"):
+def test_a_foreign_safety_checker_is_refused(folder: Path) -> None:
+    with pytest.raises(RequestError, match="safety_checker must be fewstep's"):
         DiffusionPipeline.from_pretrained(folder, safety_checker=torch.nn.Linear(1, 1))
 
 

@@ -116,6 +116,8 @@ class AnimateDiff(StableDiffusion):
     A plain `unet` gets those of `motion_adapter`.
     """
 
+    leaves_out = ("safety_checker",)
+
     unet: UNetMotionModel
     motion_adapter: MotionAdapter | None
 
@@ -156,7 +158,7 @@ class AnimateDiff(StableDiffusion):
             requires_safety_checker=requires_safety_checker,
         )
         self.register_modules(motion_adapter=motion_adapter)
-        # Only taken so that checkpoints of Stable Diffusion load; diffusers' class has no such.
+        # Only taken so that checkpoints of Stable Diffusion load; videos are not checked.
         self._names = tuple(name for name in self._names if name != "safety_checker")
 
     @property

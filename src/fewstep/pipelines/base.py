@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -48,6 +48,7 @@ class DiffusionPipeline(FromSingleFile):
     """
 
     name_or_path: str = ""
+    leaves_out: ClassVar[tuple[str, ...]] = ()  # components of checkpoints that are not loaded
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
@@ -132,7 +133,7 @@ class DiffusionPipeline(FromSingleFile):
                 f"{root.path!r} is a {stored_class}; {pipeline.__name__} has no use for its "
                 f"{', '.join(part.name for part in needless)}"
             )
-        wanted = [part for part in parts if part.name not in given]
+        wanted = [p for p in parts if p.name not in given and p.name not in pipeline.leaves_out]
         loaded = load_parts(root, wanted, resolve_dtype(dtype, torch_dtype), variant)
         kept = {name: value for name, value in options.items() if name in accepted}
         arguments = kept | loaded | given

@@ -30,6 +30,7 @@ from ..schedulers import (
     SamplingScheduler,
     Scheduler,
 )
+from .advice import advise
 from .base import DiffusionPipeline
 from .callbacks import call_back
 from .denoise import Conditioning, Control, Job, Network, Step, Update, denoise
@@ -40,6 +41,7 @@ from .notices import warn_caller
 from .prompts import Encoder, embedded, listed
 from .record import write_records
 from .request import Request
+from .safety import StableDiffusionSafetyChecker, checked, extractor
 from .text import encode_text
 from .textual_inversion import TextualInversionLoader, expanded
 
@@ -49,7 +51,7 @@ class StableDiffusionPipelineOutput(Output):
     """What a pipeline returns.
 
     `images`: list of PIL pictures, array (B, H, W, 3), tensor (B, 3, H, W) or latents, as
-    `output_type` asked. `nsfw_content_detected`: always None, there is no safety checker.
+    `output_type` asked. `nsfw_content_detected`: what the safety checker flagged, None without.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | Tensor
@@ -70,7 +72,7 @@ class StableDiffusion(IPAdapterLoader, TextualInversionLoader, LoraLoader, Diffu
         tokenizer: Any,
         unet: UNet2DConditionModel,
         scheduler: Scheduler,
-        safety_checker: None = None,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
         feature_extractor: Any = None,
         image_encoder: Any = None,
         requires_safety_checker: bool = True,
@@ -87,10 +89,12 @@ class StableDiffusion(IPAdapterLoader, TextualInversionLoader, LoraLoader, Diffu
                     f"got {type(value).__module__}.{type(value).__name__}"
                 )
         if safety_checker is not None:
-            raise RequestError(
-                f"safety_checker={type(safety_checker).__name__} is not supported: it is not "
-                "implemented; pass safety_checker=None"
-            )
+            if not isinstance(safety_checker, StableDiffusionSafetyChecker):
+                raise RequestError(
+                    "safety_checker must be fewstep's, as from_pretrained loads it, or None, "
+                    f"got {type(safety_checker).__module__}.{type(safety_checker).__name__}"
+                )
+            feature_extractor = feature_extractor or extractor(safety_checker)
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -492,21 +496,24 @@ class StableDiffusion(IPAdapterLoader, TextualInversionLoader, LoraLoader, Diffu
         plan: Plan,
         start: Callable[[Job], Job],
         finish: Callable[[Any], Any] | None = None,
-    ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
+    ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """The answer to a request: text to tensors, `start`, the loop, latents to pictures.
 
         `start` gives the job its first latents, unless the request brought them. `finish`, if
         given, is applied to each decoded batch of pictures.
         """
         z, job = self.sample(request, plan, start, self.unet)
-        images = self.decode(z, request.output_type)
+        images: Any = self.decode(z, request.output_type)
+        flags = None
+        if request.output_type != "latent":
+            images, flags = checked(self, images)
         if finish is not None:
             images = finish(images)
         if isinstance(images, list):
             write_records(images, self, request, job)
         if not request.return_dict:
-            return images, None
-        return StableDiffusionPipelineOutput(images)
+            return images, flags
+        return StableDiffusionPipelineOutput(images, flags)
 
     def sample(
         self, request: Request, plan: Plan, start: Callable[[Job], Job], network: Network
@@ -515,6 +522,7 @@ class StableDiffusion(IPAdapterLoader, TextualInversionLoader, LoraLoader, Diffu
         self._interrupt = False
         self._guidance_scale = request.guidance_scale
         self._num_timesteps = len(plan.timesteps)
+        advise(self, request, self._num_timesteps)
         job = start(self.prepare(request, plan))
         job = replace(job, controls=self.controls(request, job))
         with self.progress_bar(total=len(plan.timesteps)) as bar:

@@ -37,13 +37,9 @@ NETWORKS = {
     "CLIPTextModel": "transformers",
     "CLIPTextModelWithProjection": "transformers",
     "CLIPVisionModelWithProjection": "transformers",
+    "StableDiffusionSafetyChecker": "fewstep.pipelines.safety",
 }
 TOKENIZERS = {"CLIPTokenizer": "CLIPTokenizer", "CLIPTokenizerFast": "CLIPTokenizer"}
-# Components that nothing here uses yet -> what their absence means.
-UNUSED = {
-    "safety_checker": "the checkpoint's safety checker is not implemented and was left out: "
-    "pictures are not filtered; pass safety_checker=None to say that this is meant",
-}
 # Serves the safety checker and IP-Adapters, which make one themselves where it is missing.
 EXTRACTOR = "feature_extractor"
 EXTRACTOR_CONFIG = "preprocessor_config.json"
@@ -62,7 +58,8 @@ class Part:
         """The name of its weights without extension, or None if it has no weights."""
         if self.class_name not in NETWORKS:
             return None
-        return "model" if NETWORKS[self.class_name] == "transformers" else "diffusion_pytorch_model"
+        is_ours = NETWORKS[self.class_name].startswith("fewstep.models")
+        return "diffusion_pytorch_model" if is_ours else "model"
 
 
 def read_index(root: Source) -> tuple[str, list[Part], dict[str, Any]]:
@@ -86,12 +83,6 @@ def load_parts(
 ) -> dict[str, Any]:
     """The components by name. `variant` falls back, with a warning, where a component has none."""
     loaded: dict[str, Any] = {}
-    for part in parts:
-        if part.name in UNUSED:
-            if message := UNUSED[part.name]:
-                warn_caller(message)
-            loaded[part.name] = None
-    parts = [part for part in parts if part.name not in UNUSED]
     if any(part.name == EXTRACTOR for part in parts) and not has_extractor(root, parts):
         loaded[EXTRACTOR] = None
         parts = [part for part in parts if part.name != EXTRACTOR]
@@ -189,6 +180,8 @@ def load_part(part: Part, source: Source, dtype: torch.dtype | None) -> Any:
             variant=source.variant,
             dtype=dtype or "auto",
         )
+    if NETWORKS[part.class_name] != "transformers":
+        return network.from_pretrained(source, dtype)
     return load_text_encoder(network, source, dtype)
 
 
@@ -261,6 +254,8 @@ def save_parts(
 
 def library(component: Any) -> str:
     """The library that model_index.json names: ours are read by diffusers as its own."""
+    if type(component).__name__ == "StableDiffusionSafetyChecker":
+        return "stable_diffusion"
     return "diffusers" if isinstance(component, (Model, Scheduler)) else "transformers"
 
 

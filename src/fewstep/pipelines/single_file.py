@@ -24,13 +24,16 @@ from ..models.single_file import load_network, network_prefix, recognised, refus
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from ..schedulers import SCHEDULER_CONFIG_NAME, scheduler_from_config
-from .loading import SMALL_FILES, UNUSED, Part, load_part, read_index
+from .loading import EXTRACTOR, SMALL_FILES, Part, load_part, read_index
 from .notices import warn_caller
 
 if TYPE_CHECKING:
     from .base import DiffusionPipeline
 
 SelfT = TypeVar("SelfT", bound="FromSingleFile")
+
+# Components of folders that no single file holds, and that pipelines do without.
+ABSENT = ("safety_checker", "image_encoder", EXTRACTOR)
 
 NETWORKS: Mapping[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 TEXT_ENCODERS = {
@@ -54,7 +57,7 @@ TEXT_PLACES: Mapping[str, Mapping[str, Names]] = {
 OTHER_WAYS = {
     "extract_ema": "the file's main weights are taken",
     "image_size": "pass height= and width= when drawing",
-    "load_safety_checker": "no safety checker is implemented; leave it out",
+    "load_safety_checker": "single files hold none; pass safety_checker= if you have one",
     "num_in_channels": "it is read from the file; leave it out",
     "original_config_file": "pass config= with a folder in diffusers' layout",
     "prediction_type": "pass scheduler= with the prediction_type in its config",
@@ -140,7 +143,7 @@ def choose_family(
 def read_family(root: Source) -> Family:
     """The family that a folder in diffusers' layout describes; of its files only the small ones."""
     class_name, parts, options = read_index(root)
-    wanted = [part for part in parts if part.name not in UNUSED]
+    wanted = [part for part in parts if part.name not in ABSENT]
     for part in wanted:
         if part.name not in (*NETWORKS, *TEXT_ENCODERS, *TOKENIZERS, "scheduler"):
             raise UnsupportedConfig(
