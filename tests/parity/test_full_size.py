@@ -1,4 +1,4 @@
-"""A latent consistency model of Stable Diffusion 1.5's full size, once, against diffusers."""
+"""Networks of full size on random weights, once each, against diffusers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
+from fewstep.checkpoints.known import FAMILIES
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -38,8 +39,8 @@ TEXT_ENCODER: dict[str, Any] = {  # CLIP ViT-L/14
 
 @pytest.fixture(scope="module")
 def pool() -> Tensor:
-    """Random numbers that all weights are cut from, so that 4 GB of weights take 160 MB."""
-    return torch.randn(40_000_000, generator=torch.Generator().manual_seed(0)) * 0.02
+    """Random numbers that all weights are cut from, so that 4 GB of weights take 180 MB."""
+    return torch.randn(45_000_000, generator=torch.Generator().manual_seed(0)) * 0.02
 
 
 def random_weights(module: nn.Module, pool: Tensor) -> dict[str, Tensor]:
@@ -115,3 +116,80 @@ def test_a_full_size_lcm_equals_diffusers(tokenizer: Any, pool: Tensor) -> None:
     assert pictures[1].shape == (128, 128, 3)
     assert pictures[1].std() > 1
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def inputs_of(config: Any, frames: int = 0) -> dict[str, Any]:
+    """Small latents, and whatever else a network of `config` is told."""
+    draw = torch.Generator().manual_seed(1)
+    shape = (1, 4, frames, 8, 8) if frames else (1, 4, 8, 8)
+    width = config["cross_attention_dim"]
+    inputs: dict[str, Any] = {
+        "sample": torch.randn(shape, generator=draw),
+        "timestep": torch.tensor([759]),
+        "encoder_hidden_states": torch.randn(1, 77, width, generator=draw),
+    }
+    if frames:
+        inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].repeat(frames, 1, 1)
+    if config.get("addition_embed_type"):
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(1, 1280, generator=draw),
+            "time_ids": torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]]),
+        }
+    return inputs
+
+
+def assert_equal_outputs(theirs: Any, ours: Any, inputs: dict[str, Any]) -> None:
+    expected = theirs(**inputs, return_dict=False)
+    output = ours(**inputs, return_dict=False)
+    for a, b in zip(flat(output), flat(expected), strict=True):
+        assert a.std() > 1e-6
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * float(b.abs().max()))
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    return [tensor for output in outputs for tensor in flat(output)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "parameters"), [("sdxl", 2_567_463_684), ("ssd-1b", None), ("sdxl-refiner", None)]
+)
+def test_full_size_unets_equal_diffusers(family: str, parameters: int | None, pool: Tensor) -> None:
+    config = dict(FAMILIES[family].configs["unet"])
+    theirs, ours = twins("UNet2DConditionModel", config, pool)
+    assert parameters in (None, sum(p.numel() for p in ours.parameters()))
+    inputs = inputs_of(config)
+    if family == "sdxl-refiner":
+        inputs["added_cond_kwargs"]["time_ids"] = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 6.0]])
+    assert_equal_outputs(theirs, ours, inputs)
+
+
+@torch.no_grad()
+def test_a_full_size_controlnet_equals_diffusers(pool: Tensor) -> None:
+    config = {"cross_attention_dim": 768}
+    theirs, ours = twins("ControlNetModel", config, pool)
+    inputs = inputs_of(config) | {"controlnet_cond": torch.rand(1, 3, 64, 64)}
+    assert_equal_outputs(theirs, ours, inputs)
+
+
+@torch.no_grad()
+def test_the_full_size_xl_adapter_equals_diffusers(pool: Tensor) -> None:
+    config = {
+        "channels": [320, 640, 1280, 1280],
+        "num_res_blocks": 2,
+        "downscale_factor": 16,
+        "adapter_type": "full_adapter_xl",
+    }
+    theirs, ours = twins("T2IAdapter", config, pool)
+    picture = torch.rand(1, 3, 64, 96)
+    for a, b in zip(ours(picture), theirs(picture), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * float(b.abs().max()))
+
+
+@torch.no_grad()
+def test_a_full_size_motion_unet_equals_diffusers(pool: Tensor) -> None:
+    config = {"cross_attention_dim": 768, "motion_max_seq_length": 24}
+    theirs, ours = twins("UNetMotionModel", config, pool)
+    assert_equal_outputs(theirs, ours, inputs_of(config, frames=3))
