@@ -320,6 +320,7 @@ def draw(
         patch.chdir(hub)  # some write beside them
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr("diffusers.loaders.lora_base.HF_HUB_OFFLINE", False)
         patch.setattr("diffusers.loaders.lora_base.model_info", lambda name: siblings(hub, name))
         patch.setattr("requests.get", lambda url, **_: SimpleNamespace(raw=served(url)))
         patch.setattr("urllib.request.urlopen", served)
