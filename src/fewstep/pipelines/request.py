@@ -265,9 +265,8 @@ class Request:
 
     def warn_of_no_effect(self, *, embedded: bool) -> None:
         """Warn of a negative prompt that is not read; `embedded`: guidance is a network input."""
-        given = [
-            n for n in ("negative_prompt", "negative_prompt_embeds") if getattr(self, n) is not None
-        ]
+        names = ("negative_prompt", "negative_prompt_2", "negative_prompt_embeds")
+        given = [name for name in names if getattr(self, name) is not None]
         if not given or (self.guidance_scale > 1 and not embedded):
             return
         why = (

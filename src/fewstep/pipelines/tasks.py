@@ -89,8 +89,9 @@ def from_image(pipe: StableDiffusion, request: Request) -> tuple[Request, Callab
     if request.image is None:
         raise RequestError("image is missing: give the picture to start from")
     factor, channels = pipe.vae_scale_factor, pipe.vae.config.latent_channels
-    pictures = preprocess(request.image, factor, channels)
-    if request.height is not None or request.width is not None:  # ControlNet tasks take a size
+    if request.height is None and request.width is None:
+        pictures = preprocess(request.image, factor, channels)
+    else:  # ControlNet tasks take a size
         height, width = pipe.size(request)
         pictures = fitted(request.image, None, (width, height), channels)
     check_pictures("image", pictures, request)
@@ -144,6 +145,12 @@ def repainting(pipe: StableDiffusion, request: Request, canvas: Canvas, job: Job
     copies = job.shape[0] // len(canvas.masks)
     mask = F.interpolate(canvas.masks, size=job.shape[2:]).to(z.device, z.dtype)
     mask = mask.repeat_interleave(copies, 0)
+    if request.masked_image_latents is not None and not sees_mask:
+        raise RequestError(
+            "masked_image_latents is for UNets that see the mask, and this one has "
+            f"in_channels={pipe.unet.config.in_channels}; leave it out"
+        )
+    # Made for any UNet: its posterior is one of diffusers' draws, which decide the later ones.
     masked = masked_latents(pipe, request, canvas, job)
     if sees_mask:
         return replace(job, extra_channels=torch.cat([mask, masked], 1).to(pipe.unet.dtype))

@@ -34,15 +34,7 @@ def encode_text(
             f"clip_skip must lie in [0, {layers - 1}] (the text encoder has {layers} layers), "
             f"got {clip_skip}"
         )
-    limit = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-    tokens = tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=length or limit,
-        truncation=True,
-        return_tensors="pt",
-    )
-    warn_of_cut_text(tokenizer, prompts, length or limit)
+    tokens = tokenized(tokenizer, text_encoder, prompts, length)
     mask = None
     if getattr(text_encoder.config, "use_attention_mask", False):
         mask = tokens.attention_mask.to(text_encoder.device)
@@ -68,17 +60,25 @@ def hidden_text(
             f"clip_skip must lie in [0, {layers - 2}] (the text encoder has {layers} layers, and "
             f"SDXL leaves out one more), got {clip_skip}"
         )
+    tokens = tokenized(tokenizer, text_encoder, prompts)
+    found = text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=True)
+    return found.hidden_states[-(2 + (clip_skip or 0))], getattr(found, "text_embeds", None)
+
+
+def tokenized(
+    tokenizer: Any, text_encoder: Any, prompts: Sequence[str], length: int | None = None
+) -> Any:
+    """Token ids and mask (P, L), padded and cut to `length` or to what the text encoder reads."""
     limit = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
     tokens = tokenizer(
         list(prompts),
         padding="max_length",
-        max_length=limit,
+        max_length=length or limit,
         truncation=True,
         return_tensors="pt",
     )
-    warn_of_cut_text(tokenizer, prompts, limit)
-    found = text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=True)
-    return found.hidden_states[-(2 + (clip_skip or 0))], getattr(found, "text_embeds", None)
+    warn_of_cut_text(tokenizer, prompts, length or limit)
+    return tokens
 
 
 def warn_of_cut_text(tokenizer: Any, prompts: Sequence[str], limit: int) -> None:

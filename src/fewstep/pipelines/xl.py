@@ -16,6 +16,7 @@ from ..models.vae import Autoencoder
 from ..schedulers import Scheduler
 from .denoise import Conditioning
 from .families import StableDiffusion
+from .notices import warn_caller
 from .prompts import Encoder, embedded, listed
 from .request import Request
 from .text import hidden_text
@@ -255,6 +256,9 @@ class StableDiffusionXL(StableDiffusion):
             request.negative_target_size,
         )
         starts_from_picture = request.strength is not None
+        scores = (request.aesthetic_score, request.negative_aesthetic_score)
+        if scores != (6.0, 2.5) and not self.requires_aesthetics_score:
+            warn_caller("aesthetic_score has no effect: only an SDXL refiner is told a score")
         if self.requires_aesthetics_score:
             return (
                 [*original, *crop, request.aesthetic_score],
