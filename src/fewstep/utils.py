@@ -1,4 +1,4 @@
-"""Small helpers for scripts: load a picture, lay out a grid, write a video."""
+"""Small helpers for scripts: load a picture, lay out a grid, write a video, watch the steps."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from .errors import RequestError
 from .pipelines.images import to_pil
+from .pipelines.previews import PreviewCallback
 from .random import randn as randn_tensor
 
 __all__ = [
+    "PreviewCallback",
     "export_to_apng",
     "export_to_gif",
     "export_to_video",

@@ -207,17 +207,15 @@ def test_an_lcm_scheduler_has_the_defaults_of_lcm_loras(run: Run, sd_folder: Pat
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".gif"])
-def test_a_video_is_an_animation_of_all_frames(suffix: str, drawn: Callable[..., Any]) -> None:
+def test_a_video_is_an_animation_of_all_frames_and_is_drawn_again(
+    suffix: str, drawn: Callable[..., Any], run: Run
+) -> None:
     drawn("--motion-adapter @motion --frames 3", f"a{suffix}")
     with PIL.Image.open(f"a{suffix}") as video:
         assert (video.n_frames, video.size, video.info["loop"]) == (3, (64, 64), 0)
-
-
-def test_a_video_without_a_record_is_refused_by_repro(drawn: Callable[..., Any], run: Run) -> None:
-    drawn("--motion-adapter @motion --frames 2", "a.gif")
-    code, _, error = run("repro", "a.gif")
-    assert code == 2
-    assert "does not say what it was drawn from" in error
+    assert read_record(Path(f"a{suffix}")).pictures[0].frames == 3
+    assert run("repro", f"a{suffix}", "--out", f"b{suffix}")[0] == 0
+    assert read_record(Path(f"a{suffix}")) == read_record(Path(f"b{suffix}"))
 
 
 def test_other_weights_beside_the_model_are_refused_by_repro(

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from PIL.PngImagePlugin import PngInfo
 
-from fewstep.cli.files import plan_files, write_png
+from fewstep.cli.files import plan_files, write_pictures
 from fewstep.errors import RequestError
 
 
@@ -60,7 +59,7 @@ def test_a_file_is_replaced_by_force_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("out", "names", "words"),
     [
-        ("a.jpg", ["x"], r"only PNG files keep the settings; give a name in \.png"),
+        ("a.jpg", ["x"], r"a picture goes into a PNG file; give a name in \.png"),
         ("a.png", ["x", "y"], r"one file for 2 pictures; give a folder, or add --grid"),
         ("file", ["x"], r"exists and is no folder"),
         ("file/a.png", ["x"], r"cannot be written \(Not a directory\); give another folder"),
@@ -95,7 +94,7 @@ def test_no_space_leaves_nothing_behind(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     file = tmp_path / "new" / "a.png"
     with largest_file(1000), pytest.raises(RequestError, match=r"^--out .*a\.png.*free some space"):
-        write_png(PIL.Image.fromarray(noise), file, PngInfo())
+        write_pictures([PIL.Image.fromarray(noise)], file, {})
     assert list(file.parent.iterdir()) == []
 
 
@@ -104,5 +103,5 @@ def test_no_space_keeps_the_file_that_was_there(tmp_path: Path) -> None:
     file.write_bytes(b"before")
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     with largest_file(1000), pytest.raises(RequestError):
-        write_png(PIL.Image.fromarray(noise), file, PngInfo())
+        write_pictures([PIL.Image.fromarray(noise)], file, {})
     assert [f.read_bytes() for f in tmp_path.iterdir()] == [b"before"]

@@ -225,7 +225,7 @@ def refusals() -> list[tuple[list[object], str]]:
         (["--image", "no.png"], "--image no.png: no such file; give a PNG, JPEG or WebP file"),
         (["--image", "TEXT"], "cannot be read as a picture"),
         (["--image", "."], "--image .: no such file; give a PNG, JPEG or WebP file"),
-        (["--out", "a.gif"], "--out a.gif: only PNG files keep the settings; give a name in .png"),
+        (["--out", "a.gif"], "--out a.gif: a picture goes into a PNG file; give a name in .png"),
         (["--out", "TEXT/a.png"], "cannot be written (Not a directory); give another folder"),
         (["--out", "taken.png"], "--out taken.png: exists; give another name, or --force"),
         (["-n", "2", "--out", "a.png"], "--out a.png: is one file for 2 pictures; give a folder"),

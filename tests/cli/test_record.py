@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import pytest
@@ -19,6 +20,7 @@ from fewstep.cli.record import (
     parameters,
     png_text,
     read_record,
+    told,
 )
 from fewstep.errors import RequestError
 
@@ -67,6 +69,33 @@ def test_what_stood_beside_the_model_survives_too(tmp_path: Path) -> None:
     record = replace(RECORD, model=replace(MODEL, additions=additions), pictures=(picture,))
     assert read_record(save(tmp_path / "a.png", png_text(record))) == record
     assert "additions" not in RECORD.to_dict()["model"]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".gif", ".webp"])
+def test_every_kind_of_file_holds_the_record(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"a{suffix}"
+    frames = [PIL.Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(file, save_all=True, append_images=frames[1:], **told(RECORD, suffix))
+    assert read_record(file) == RECORD
+
+
+def test_other_programs_read_the_parameters_of_a_webp(tmp_path: Path) -> None:
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.webp", **told(RECORD, ".webp"))
+    with PIL.Image.open(tmp_path / "a.webp") as picture:
+        comment = picture.getexif().get_ifd(0x8769)[0x9286]
+    assert comment == b"UNICODE\0" + parameters(RECORD).encode("utf-16-be")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "said"),
+    [(".gif", {"comment": b"made by hand"}), (".gif", {"comment": b"fewstep"}), (".webp", {})],
+)
+def test_the_comment_of_another_program_is_no_record(
+    suffix: str, said: dict[str, Any], tmp_path: Path
+) -> None:
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / f"a{suffix}", **said)
+    with pytest.raises(RequestError, match="does not say what it was drawn from"):
+        read_record(tmp_path / f"a{suffix}")
 
 
 def test_a_file_of_the_first_format_is_read(tmp_path: Path) -> None:

@@ -422,6 +422,40 @@ def test_steered_latents_equal_diffusers(pair: Any, case: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("family", "kind", "task"),
+    [
+        ("sd", "", "inpaint"),
+        ("xl", "", "text"),
+        ("xl", "", "image"),
+        ("xl", "", "inpaint"),
+        ("sd1", "control", "text"),
+        ("xl", "control", "text"),
+        ("xl", "control", "image"),
+        ("sd1", "adapter", "text"),
+        ("xl", "xl adapter", "text"),
+    ],
+)
+def test_without_return_dict_the_tuple_is_diffusers(
+    pair: Any, family: str, kind: str, task: str
+) -> None:
+    for output_type in ("np", "latent"):
+        theirs, ours = (
+            pipe(
+                **steered_arguments(family, kind, task, dict)
+                if kind
+                else arguments_of(family, task, dict),
+                output_type=output_type,
+                return_dict=False,
+            )
+            for pipe in pair(family, task, kind)
+        )
+        assert type(ours) is tuple
+        assert len(ours) == len(theirs)
+        assert ours[0].shape == theirs[0].shape
+        assert ours[1:] == theirs[1:]
+
+
+@pytest.mark.parametrize(
     ("family", "kind", "change"),
     [
         ("sd1", "control", {"controlnet_conditioning_scale": 0.0}),

@@ -116,6 +116,12 @@ def test_a_refiner_is_told_a_score_and_no_other_model_is(
         draw(other, image=PICTURE, strength=0.6, aesthetic_score=1.0)
 
 
+def test_without_return_dict_there_are_the_pictures_alone(pipe: Any) -> None:
+    answer = pipe("a cat", num_inference_steps=1, output_type="latent", return_dict=False)
+    assert type(answer) is tuple
+    assert [latents.shape for latents in answer] == [(1, 4, 8, 8)]
+
+
 def test_a_second_negative_prompt_without_guidance_is_said(pipe: Any) -> None:
     with pytest.warns(UserWarning, match="negative_prompt_2 has no effect"):
         draw(pipe, guidance_scale=1.0, negative_prompt_2="a dog")

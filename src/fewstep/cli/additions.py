@@ -1,4 +1,4 @@
-"""What stands beside a model: LoRAs, ControlNets, adapters. From options, into pipelines."""
+"""What stands beside a model: LoRAs, ControlNets, autoencoders. From options, into pipelines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .. import EMBEDDED
 from ..checkpoints.locate import Source
 from ..checkpoints.lora_formats import find_lora
 from ..errors import CheckpointError, FewstepError, RequestError, UnsupportedConfig
@@ -21,18 +22,38 @@ from ..models.base import WEIGHTS_STEM
 from ..models.controlnet import ControlNetModel
 from ..models.motion import MotionAdapter
 from ..models.t2i_adapter import T2IAdapter
+from ..models.vae import AutoencoderKL
+from ..models.vae_tiny import AutoencoderTiny
+from ..pipelines.previews import check_vae
 from .record import Addition
 
-# Kind of an addition, which is its option's name -> (component of the pipeline, class).
-NETWORKS: dict[str, tuple[str, Any]] = {
-    "controlnet": ("controlnet", ControlNetModel),
-    "adapter": ("adapter", T2IAdapter),
-    "motion-adapter": ("motion_adapter", MotionAdapter),
+
+def load_autoencoder(name: str, torch_dtype: torch.dtype) -> Any:
+    """The autoencoder of a folder or a hub repository, of the class that its config names."""
+    kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
+    stored = Source(name).read_json("config.json").get("_class_name")
+    if stored not in kinds:
+        raise UnsupportedConfig(
+            f"its config.json names the class {stored}; give the folder or the repository of "
+            f"an {' or an '.join(kinds)}"
+        )
+    return kinds[stored].from_pretrained(name, torch_dtype=torch_dtype)
+
+
+# Kind of an addition, which is its option's name -> (component of the pipeline, what loads it).
+NETWORKS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "vae": ("vae", load_autoencoder),
+    "controlnet": ("controlnet", ControlNetModel.from_pretrained),
+    "adapter": ("adapter", T2IAdapter.from_pretrained),
+    "motion-adapter": ("motion_adapter", MotionAdapter.from_pretrained),
 }
+WEIGHTLESS = ("vae", "motion-adapter")
 
 
 def named(kind: str, text: str) -> Addition:
     """What `--kind NAME[:WEIGHT]` asks for; the weight is 1 if there is none."""
+    if kind in WEIGHTLESS:
+        return Addition(kind, text)
     name, colon, weight = text.rpartition(":")
     try:
         value = float(weight)
@@ -53,18 +74,24 @@ def of_kind(additions: Sequence[Addition], kind: str) -> list[Addition]:
 def load_networks(additions: Sequence[Addition], dtype: torch.dtype) -> dict[str, Any]:
     """The networks among the additions, as components of a pipeline: one, or a list."""
     found: dict[str, Any] = {}
-    for kind, (component, network) in NETWORKS.items():
+    for kind, (component, load) in NETWORKS.items():
         loaded = []
         for addition in of_kind(additions, kind):
             with blamed(addition):
-                loaded.append(network.from_pretrained(addition.id, torch_dtype=dtype))
+                loaded.append(load(shipped(addition.id), torch_dtype=dtype))
         if loaded:
             found[component] = loaded if len(loaded) > 1 else loaded[0]
     return found
 
 
 def attach(pipe: Any, additions: Sequence[Addition]) -> None:
-    """Loads the LoRAs and the IP-Adapters among the additions into a pipeline."""
+    """Loads the LoRAs and the IP-Adapters among the additions into a pipeline.
+
+    Raises an error that names the option, also of an autoencoder that is another model's.
+    """
+    for addition in of_kind(additions, "vae"):
+        with blamed(addition):
+            check_vae(pipe.vae, pipe.unet)
     loras = of_kind(additions, "lora")
     names = [f"lora_{number}" for number in range(1, len(loras) + 1)]
     for name, addition in zip(names, loras, strict=True):
@@ -108,7 +135,7 @@ def files_of(addition: Addition) -> list[Path]:
     """The files that hold an addition's weights."""
     with blamed(addition):
         if addition.kind in NETWORKS:
-            return Source(addition.id).weights(WEIGHTS_STEM)
+            return Source(shipped(addition.id)).weights(WEIGHTS_STEM)
         if addition.kind == "ip-adapter":
             place, folder, file = ip_adapter_place(addition)
             return [Source(place, subfolder=folder or None).fetch(file)]
@@ -116,11 +143,17 @@ def files_of(addition: Addition) -> list[Path]:
         return [find_lora(Source(place), name)]
 
 
+def shipped(name: str) -> str:
+    """The folder of what comes with the embedded model under this name; any other name as it is."""
+    folder = EMBEDDED.parent / name
+    return str(folder) if name == folder.name and folder.is_dir() else name
+
+
 def parts_of(name: str) -> tuple[str, str | None]:
     """`owner/repository/file.safetensors` as the repository and the file; anything else whole."""
     found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)/(.+\.safetensors)", name)
     if found is None or Path(name).exists():
-        return name, None
+        return shipped(name), None
     return found[1], found[2]
 
 

@@ -19,27 +19,39 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import FewstepError
-from .making import making
-from .options import (
+from .evaluate import evaluating
+from .generate_options import (
     AdapterOption,
     ControlImageOption,
     ControlNetOption,
-    DeviceOption,
-    ForceOption,
+    CountOption,
+    DtypeOption,
     FramesOption,
+    GridOption,
+    GuidanceOption,
+    ImageOption,
     IpAdapterOption,
     IpImageOption,
+    JsonOption,
     LoraOption,
     MaskOption,
-    ModelOption,
     MotionAdapterOption,
-    OutOption,
+    NegativeOption,
+    PreviewsOption,
+    PreviewVaeOption,
+    PromptsArgument,
+    RevisionOption,
     SchedulerOption,
-    dtype,
-    guidance,
-    size,
-    strength,
+    SeedOption,
+    ShowOption,
+    SizeOption,
+    StepsOption,
+    StrengthOption,
+    VaeOption,
+    VariantOption,
 )
+from .making import making
+from .options import DeviceOption, ForceOption, Grouped, ModelOption, OutOption
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 DEBUG = "--debug"
@@ -150,6 +162,7 @@ def root(
 
 
 @app.command(
+    cls=Grouped,
     epilog="\b\nExamples:\n"
     '  fewstep generate "a red apple"\n'
     '  fewstep generate "a red apple" "a green pear" -n 3 --grid --seed 7\n'
@@ -158,57 +171,28 @@ def root(
     '  fewstep generate "a fox" -m Lykon/dreamshaper-7 --scheduler lcm \\\n'
     "      --lora latent-consistency/lcm-lora-sdv1-5 --lora style.safetensors:0.8\n"
     '  fewstep generate "a bird" -m SimianLuo/LCM_Dreamshaper_v7 --control-image edges.png \\\n'
-    "      --controlnet lllyasviel/sd-controlnet-canny",
+    "      --controlnet lllyasviel/sd-controlnet-canny\n"
+    '  fewstep generate "a cat" -m SimianLuo/LCM_Dreamshaper_v7 --previews steps \\\n'
+    "      --preview-vae madebyollin/taesd",
 )
 def generate(
-    prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT", help="What to draw; each prompt is a picture.")
-    ],
-    model: ModelOption = None,
-    revision: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a hub repository.")
-    ] = None,
-    variant: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which weights of several, for example fp16.")
-    ] = None,
-    image: Annotated[
-        str | None,
-        typer.Option("--image", "-i", metavar="FILE|URL", help="A picture to start from."),
-    ] = None,
+    prompts: PromptsArgument,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    negative: NegativeOption = None,
+    size: SizeOption = None,
+    seed: SeedOption = None,
+    count: CountOption = 1,
+    image: ImageOption = None,
     mask: MaskOption = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(
-            parser=strength,
-            metavar="NUMBER",
-            help="How far to leave --image behind: above 0, at most 1. Default: 0.8, with --mask "
-            "the model's own.",
-        ),
-    ] = None,
-    negative: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="What to keep out; for models that are run with classifier-free guidance.",
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            "--steps", "-s", min=1, help="Calls of the network. Default: 4 for an LCM, else 50."
-        ),
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            "--guidance",
-            "-g",
-            parser=guidance,
-            metavar="NUMBER",
-            help="How closely to follow the prompt. Default: the model's own.",
-        ),
-    ] = None,
+    strength: StrengthOption = None,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    variant: VariantOption = None,
     scheduler: SchedulerOption = None,
+    vae: VaeOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     lora: LoraOption = None,
     controlnet: ControlNetOption = None,
     adapter: AdapterOption = None,
@@ -217,55 +201,17 @@ def generate(
     ip_image: IpImageOption = None,
     motion_adapter: MotionAdapterOption = None,
     frames: FramesOption = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Of the first picture; the next ones count up from it. Default: a random one, "
-            "which the file's name and text tell.",
-        ),
-    ] = None,
-    size: Annotated[
-        Any,
-        typer.Option(
-            parser=size,
-            metavar="N|WxH",
-            help="Pixels. Default: the model's own size, in the shape of --image if there is one; "
-            "an --image of another shape is cropped to the size given.",
-        ),
-    ] = None,
-    count: Annotated[
-        int, typer.Option("--count", "-n", min=1, help="Pictures of each prompt.")
-    ] = 1,
-    grid: Annotated[
-        bool, typer.Option("--grid", help="One sheet of all pictures, in one file.")
-    ] = False,
     out: OutOption = None,
     force: ForceOption = False,
-    device: DeviceOption = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            parser=dtype,
-            metavar="NAME",
-            help="auto, float32, float16, bfloat16. auto: float32 on the CPU, else float16.",
-        ),
-    ] = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print files, settings and times as one JSON object.")
-    ] = False,
-    show: Annotated[
-        bool | None,
-        typer.Option(
-            "--show/--no-show",
-            help="Show the pictures in the terminal. Default: if it is one that can "
-            "(kitty, iTerm2, WezTerm, or 24-bit colour).",
-        ),
-    ] = None,
+    grid: GridOption = False,
+    previews: PreviewsOption = None,
+    preview_vae: PreviewVaeOption = None,
+    as_json: JsonOption = False,
+    show: ShowOption = None,
 ) -> None:
     """Draw pictures of prompts and print where they went.
 
-    A PNG file holds all that is needed to draw it again, which `fewstep repro` does.
+    A file holds all that is needed to draw it again, which `fewstep repro` does.
     """
     from .generate import Request
     from .generate import generate as run
@@ -283,6 +229,7 @@ def generate(
             steps=steps,
             guidance=guidance,
             scheduler=scheduler,
+            vae=vae,
             lora=lora or (),
             controlnet=controlnet or (),
             adapter=adapter or (),
@@ -297,6 +244,8 @@ def generate(
             grid=grid,
             out=out,
             force=force,
+            previews=previews,
+            preview_vae=preview_vae,
             device=device,
             dtype=dtype,
             as_json=as_json,
@@ -311,9 +260,7 @@ def generate(
     "  fewstep repro cat.png --image photos/cat.jpg --out again.png",
 )
 def repro(
-    picture: Annotated[
-        Path, typer.Argument(metavar="PICTURE", help="A PNG file that fewstep drew.")
-    ],
+    picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="A file that fewstep drew.")],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -424,3 +371,4 @@ def info(
 
 
 app.add_typer(making)
+app.add_typer(evaluating)

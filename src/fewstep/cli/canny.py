@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL.PngImagePlugin import PngInfo
-
 from ..annotate import canny as edges_of
 from .drawing import read_source
-from .files import plan_files, write_png
+from .files import plan_files, write_pictures
 
 
 def canny(path: str, *, low: float, high: float, out: Path | None, force: bool) -> None:
@@ -16,5 +14,5 @@ def canny(path: str, *, low: float, high: float, out: Path | None, force: bool) 
     picture, _ = read_source(path, "FILE")
     stem = Path(path).stem or "picture"
     (file,) = plan_files(out, [f"{stem}-edges"], force=force)
-    write_png(edges_of(picture, low, high), file, PngInfo())
+    write_pictures([edges_of(picture, low, high)], file, {})
     print(file)

@@ -26,6 +26,8 @@ from ..pipelines.catalog import (
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
 )
+from ..pipelines.embedded import TEACHER, embedded_teacher
+from ..pipelines.previews import PreviewCallback
 from ..schedulers import LCMScheduler
 from ..utils import load_image, make_image_grid
 from .additions import attach, call_arguments, fingerprint, load_networks, with_fingerprints
@@ -50,6 +52,8 @@ TASKS: Mapping[str, Any] = {
     "inpainting": AutoPipelineForInpainting,
     "text-to-video": AnimateDiffPipeline,
 }
+
+Watcher = Callable[[Picture], PreviewCallback] | None
 
 # How the pipelines' arguments are called here.
 OPTIONS = {
@@ -116,23 +120,28 @@ class Loaded:
         return max(int(self.pipe.vae_scale_factor), getattr(adapter, "downscale_factor", 1))
 
     def draw(
-        self, record: Record, given: Given, on_step: Callable[[], Any]
+        self, record: Record, given: Given, on_step: Callable[[], Any], watcher: Watcher = None
     ) -> list[PIL.Image.Image]:
-        """The picture, or the sheet of pictures, or the frames of the video, of a record."""
-        drawn = [self.draw_one(picture, given, on_step) for picture in record.pictures]
+        """The picture, or the sheet of pictures, or the frames of the video, of a record.
+
+        `on_step` is called after each step; `watcher` makes what sees the steps of a picture.
+        """
+        drawn = [self.draw_one(picture, given, on_step, watcher) for picture in record.pictures]
         return drawn[0] if len(drawn) == 1 else [sheet([d[0] for d in drawn], record.columns)]
 
     def draw_one(
-        self, picture: Picture, given: Given, on_step: Callable[[], Any]
+        self, picture: Picture, given: Given, on_step: Callable[[], Any], watcher: Watcher
     ) -> list[PIL.Image.Image]:
         """One picture, or a video's frames, drawn alone from a generator of its own on the CPU.
 
         So neither the device's noise nor the other pictures of a run change its pixels.
         """
 
+        watch = None if watcher is None else watcher(picture)
+
         def step_end(pipe: Any, index: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step()
-            return tensors
+            return {} if watch is None else watch(pipe, index, t, tensors)
 
         request: dict[str, Any] = {
             "prompt": picture.prompt,
@@ -140,6 +149,7 @@ class Loaded:
             "guidance_scale": picture.guidance_scale,
             "generator": torch.Generator("cpu").manual_seed(picture.seed),
             "callback_on_step_end": step_end,
+            "callback_on_step_end_tensor_inputs": PreviewCallback.tensor_inputs,
         }
         if picture.negative_prompt is not None:
             request["negative_prompt"] = picture.negative_prompt
@@ -206,15 +216,18 @@ def load(
     """
     quiet_transformers()
     name = EMBEDDED.name if name is None else name
-    place = os.fspath(EMBEDDED) if name == EMBEDDED.name else name
+    place = os.fspath(EMBEDDED) if name in (EMBEDDED.name, TEACHER.name) else name
     chosen = resolve_device(device)
     numbers = resolve_dtype(dtype, chosen)
     files = Checkpoint(place, subfolder="unet", revision=revision, variant=variant)
     networks = load_networks(additions, numbers)
     try:
-        pipe = TASKS[task].from_pretrained(
-            place, torch_dtype=numbers, revision=revision, variant=variant, **networks
-        )
+        if name == TEACHER.name:
+            pipe = TASKS[task].from_pipe(embedded_teacher(numbers), **networks)
+        else:
+            pipe = TASKS[task].from_pretrained(
+                place, torch_dtype=numbers, revision=revision, variant=variant, **networks
+            )
         weights = fingerprint(files.weights(WEIGHTS_STEM))
     except UnsupportedConfig as error:
         raise UnsupportedConfig(f"--model {name}: {error}") from error

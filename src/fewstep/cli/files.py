@@ -5,20 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import PIL.Image
-from PIL.PngImagePlugin import PngInfo
 
 from ..checkpoints.config import replacing
 from ..errors import RequestError
 
+OUT = "--out"
 STILL = (".png",)
 DURATION = 100  # milliseconds that a frame stands
 MOVING = (".png", ".webp", ".gif")
+NOTHING: Mapping[str, Any] = {}
 
 
 def plan_files(
@@ -50,7 +51,7 @@ def plan_files(
 def check_file(file: Path, pictures: int, force: bool, suffixes: Sequence[str] = STILL) -> None:
     """Raises RequestError unless `file` can take the one picture."""
     if file.suffix.lower() not in suffixes:
-        why = "only PNG files keep the settings" if suffixes == STILL else "cannot hold a video"
+        why = "a picture goes into a PNG file" if suffixes == STILL else "cannot hold a video"
         raise RequestError(
             f"--out {file}: {why}; give a name in {' or '.join(suffixes)}, or a folder"
         )
@@ -73,48 +74,54 @@ def free_names(folder: Path, names: Sequence[str]) -> Iterator[Path]:
         yield file
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, option: str = OUT) -> None:
     """Raises RequestError unless files can be made in `folder`, or in what it will be made in."""
     existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise unwritable(folder, error, option) from error
 
 
-def write_png(picture: PIL.Image.Image, file: Path, text: PngInfo) -> None:
-    """Writes `picture` with its text: the whole file, or on failure nothing."""
-    write_pictures([picture], file, text)
-
-
-def write_pictures(frames: Sequence[PIL.Image.Image], file: Path, text: PngInfo) -> None:
+def write_pictures(
+    frames: Sequence[PIL.Image.Image],
+    file: Path,
+    told: Mapping[str, Any],
+    option: str = OUT,
+) -> None:
     """Writes a picture, or the frames of a video: the whole file, or on failure nothing.
 
-    Without loss, but for GIF's 256 colours. Only PNG files hold the text.
+    Without loss, but for GIF's 256 colours. `told` is what the file says of itself, by
+    `record.told`.
     """
     try:
         with replacing(file) as beside, beside.open("wb") as stream:
-            save(frames, stream, file.suffix.lower(), text)
+            save(frames, stream, file.suffix.lower(), told)
             stream.flush()
             os.fsync(stream.fileno())  # a full disk may show only now
     except OSError as error:
-        raise unwritable(file, error) from error
+        raise unwritable(file, error, option) from error
 
 
 def save(
-    frames: Sequence[PIL.Image.Image], stream: BinaryIO, suffix: str, text: PngInfo | None = None
+    frames: Sequence[PIL.Image.Image],
+    stream: BinaryIO,
+    suffix: str,
+    told: Mapping[str, Any] = NOTHING,
 ) -> None:
     """Writes frames to a stream in the format of a suffix; several play over and over."""
     first, *rest = frames
-    how: dict[str, Any] = {"pnginfo": text} if suffix == ".png" else {"lossless": True}
+    how: dict[str, Any] = {**told, "lossless": True} if suffix == ".webp" else dict(told)
     if rest:
         how |= {"save_all": True, "append_images": rest, "duration": DURATION, "loop": 0}
     first.save(stream, format=suffix.removeprefix(".").upper(), **how)
 
 
-def unwritable(place: Path, error: OSError) -> RequestError:
+def unwritable(place: Path, error: OSError, option: str) -> RequestError:
     """What to say when `place` cannot be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "free some space, or give another folder" if full else "give another folder"
-    return RequestError(f"--out {place}: cannot be written ({error.strerror or error}); {remedy}")
+    return RequestError(
+        f"{option} {place}: cannot be written ({error.strerror or error}); {remedy}"
+    )

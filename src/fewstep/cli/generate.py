@@ -20,7 +20,8 @@ from . import drawing
 from .additions import named
 from .drawing import Given, Loaded
 from .files import MOVING, STILL, plan_files, write_pictures
-from .record import Addition, Picture, Record, png_text
+from .previews import check_folder, previews_of
+from .record import Addition, Picture, Record, told
 from .terminal import Progress, show
 
 LAST_SEED = 2**63 - 1
@@ -43,6 +44,7 @@ class Request:
     steps: int | None = None
     guidance: float | None = None
     scheduler: str | None = None
+    vae: str | None = None
     lora: Sequence[str] = ()  # NAME or NAME:WEIGHT, as all that follow
     controlnet: Sequence[str] = ()
     adapter: Sequence[str] = ()
@@ -57,6 +59,8 @@ class Request:
     grid: bool = False
     out: Path | None = None
     force: bool = False
+    previews: Path | None = None  # a folder
+    preview_vae: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     as_json: bool = False
@@ -70,17 +74,18 @@ class Request:
     @property
     def additions(self) -> list[Addition]:
         """What is to stand beside the model."""
-        motion = [] if self.motion_adapter is None else [self.motion_adapter]
         return [
             named(kind, name)
             for kind, names in (
+                ("vae", [self.vae]),
                 ("lora", self.lora),
                 ("controlnet", self.controlnet),
                 ("adapter", self.adapter),
                 ("ip-adapter", self.ip_adapter),
-                ("motion-adapter", motion),
+                ("motion-adapter", [self.motion_adapter]),
             )
             for name in names
+            if name is not None
         ]
 
 
@@ -98,6 +103,8 @@ def generate(request: Request) -> None:
         force=request.force,
         suffixes=MOVING if request.is_video else STILL,
     )
+    if request.previews is not None:
+        check_folder(request.previews)
     given, first = read_pictures(request)
 
     started = time.perf_counter()
@@ -113,13 +120,17 @@ def generate(request: Request) -> None:
     )
     pictures = complete(request, seeds, loaded, given, first)
     records = records_of(loaded, pictures, request.grid)
+    previews = None
+    if request.previews is not None:
+        previews = previews_of(request.previews, request.preview_vae, loaded)
     ready = time.perf_counter()
     steps = pictures[0].steps
     done = 0
     with Progress(len(pictures) * steps) as progress:
         for file, record in zip(files, records, strict=True):
-            frames = loaded.draw(record, given, progress.advance)
-            write_pictures(frames, file, png_text(record))
+            watcher = None if previews is None else previews.watcher
+            frames = loaded.draw(record, given, progress.advance, watcher)
+            write_pictures(frames, file, told(record, file.suffix))
             progress.reach((done := done + len(record.pictures)) * steps)
             progress.make_way()
             if not request.as_json:
@@ -130,7 +141,8 @@ def generate(request: Request) -> None:
         finished = time.perf_counter()
         seconds = {"load": round(ready - started, 3), "draw": round(finished - ready, 3)}
         results = [{"path": str(f), **r.to_dict()} for f, r in zip(files, records, strict=True)]
-        print(json.dumps({"files": results, "seconds": seconds}, ensure_ascii=False))
+        seen = {} if previews is None else {"previews": [str(file) for file in previews.written]}
+        print(json.dumps({"files": results, **seen, "seconds": seconds}, ensure_ascii=False))
 
 
 def check(request: Request) -> None:
@@ -145,6 +157,7 @@ def check(request: Request) -> None:
         (networks and not r.control_image, steering, "--control-image FILE"),
         (r.ip_image and not r.ip_adapter, "--ip-image", "--ip-adapter"),
         (r.ip_adapter and not r.ip_image, "--ip-adapter", "--ip-image FILE"),
+        (r.preview_vae and r.previews is None, f"--preview-vae {r.preview_vae}", "--previews"),
     ]
     for refused, option, other in refusals:
         if refused:

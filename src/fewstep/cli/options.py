@@ -1,4 +1,4 @@
-"""The options that commands share or have many of: how they are called, read and explained.
+"""What is typed, how help is laid out, and the options that several commands have.
 
 Imports nothing that takes time, so that --help and mistyped options answer at once.
 """
@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ..errors import RequestError
+
+# Under which titles the help of `generate` lists them.
+MODEL, START, DRAWING = "Model", "From a picture", "Drawing"
+BESIDE, VIDEO, OUTPUT = "Beside the model", "Videos", "Output"
 
 LARGEST = 8192  # pixels a side; far more is a slip of the keyboard, and would use up the memory
 # The schedulers that sample -> their classes.
@@ -86,6 +91,25 @@ def scheduler(text: str) -> str:
     return text.lower()
 
 
+# ── help in groups ───────────────────────────────────────────────────────────────────────────────
+
+
+class Grouped(TyperCommand):
+    """A command whose help lists its options under their `rich_help_panel`, in plain text."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            is_argument = parameter.param_type_name == "argument"
+            title = "Arguments" if is_argument else "Other options"
+            title = getattr(parameter, "rich_help_panel", None) or title
+            if (line := parameter.get_help_record(ctx)) is not None:
+                groups.setdefault(title, []).append(line)
+        for title, lines in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(lines)
+
+
 # ── of several commands ──────────────────────────────────────────────────────────────────────────
 
 ModelOption = Annotated[
@@ -96,6 +120,7 @@ ModelOption = Annotated[
         metavar="ID|FOLDER",
         help="A hub repository or a folder in diffusers' layout, safetensors only. "
         "Default: the model inside fewstep, which needs no network.",
+        rich_help_panel=MODEL,
     ),
 ]
 OutOption = Annotated[
@@ -104,85 +129,21 @@ OutOption = Annotated[
         "--out",
         "-o",
         metavar="FILE.png|FOLDER",
-        help="Where to write. A folder is made if need be, and its files are kept: a new picture "
-        "takes a free name. Default: fewstep-SEED.png in this folder.",
+        help="Where to write; a video may go to a .gif or .webp file too. A folder is made if need "
+        "be, and its files are kept: a new picture takes a free name. Default: fewstep-SEED.png "
+        "in this folder.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 ForceOption = Annotated[
-    bool, typer.Option("--force", help="Replace the file of --out if it exists.")
+    bool,
+    typer.Option("--force", help="Replace the file of --out if it exists.", rich_help_panel=OUTPUT),
 ]
 DeviceOption = Annotated[
     str,
     typer.Option(
-        metavar="NAME", help="auto, cpu, cuda, cuda:1, mps. auto: the fastest that is there."
-    ),
-]
-
-# ── what stands beside the model ─────────────────────────────────────────────────────────────────
-
-MaskOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE|URL",
-        help="Draw the white part of this picture anew and keep the rest of --image as it is.",
-    ),
-]
-SchedulerOption = Annotated[
-    Any,
-    typer.Option(
-        parser=scheduler,
         metavar="NAME",
-        help=f"Sample with {', '.join(SCHEDULERS)}. Default: the model's own. LCM-LoRAs need lcm.",
+        help="auto, cpu, cuda, cuda:1, mps. auto: the fastest that is there.",
+        rich_help_panel=MODEL,
     ),
 ]
-LoraOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME[:WEIGHT]",
-        help="A LoRA: a file, a folder, a hub repository, or OWNER/REPOSITORY/FILE. May be given "
-        "several times.",
-    ),
-]
-ControlNetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--controlnet",
-        metavar="NAME[:WEIGHT]",
-        help="A ControlNet that steers by --control-image. May be given several times.",
-    ),
-]
-AdapterOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME[:WEIGHT]",
-        help="A T2I-Adapter that steers by --control-image. May be given several times.",
-    ),
-]
-ControlImageOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="FILE|URL",
-        help="What --controlnet or --adapter is shown, for example edges of `fewstep canny`: one "
-        "picture for all, or one for each.",
-    ),
-]
-IpAdapterOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME[:WEIGHT]",
-        help="An IP-Adapter, to which --ip-image is a prompt: a file, or OWNER/REPOSITORY/FILE.",
-    ),
-]
-IpImageOption = Annotated[
-    list[str] | None,
-    typer.Option(metavar="FILE|URL", help="The picture that --ip-adapter reads as a prompt."),
-]
-MotionAdapterOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Motion modules of AnimateDiff: draws a video, into a .png (which keeps the "
-        "settings), .webp or .gif file.",
-    ),
-]
-FramesOption = Annotated[int | None, typer.Option(min=1, help="Frames of the video. Default: 16.")]

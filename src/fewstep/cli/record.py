@@ -1,8 +1,9 @@
-"""What a picture was drawn from: frozen dataclasses, and their text in a PNG file.
+"""What a picture was drawn from: frozen dataclasses, and their text in a file.
 
-A PNG holds the record as JSON under `fewstep`, which is all that is needed to draw the picture
-again, and the same in the words of AUTOMATIC1111's web UI under `parameters`, which many programs
-show. Imports neither torch nor the networks, so records are read in milliseconds.
+The record is JSON, which is all that is needed to draw the picture again. A PNG has it under
+`fewstep`, a GIF as its comment, a WebP in EXIF's ImageDescription. PNG and WebP hold the same in
+the words of AUTOMATIC1111's web UI too, where many programs look: `parameters`, and EXIF's
+UserComment. Imports neither torch nor the networks, so records are read in milliseconds.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from ..errors import RequestError
 
 FORMAT = 2  # of the JSON; a newer one is refused. 2 added what stands beside the first model
 KEY = "fewstep"
+MARK = f"{KEY} "  # before the JSON, where other programs write their own texts
+# EXIF's tags, and its name of the encoding of the text that follows.
+IMAGE_DESCRIPTION, EXIF_IFD, USER_COMMENT, UTF_16 = 0x010E, 0x8769, 0x9286, b"UNICODE\0"
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Record:
-    """All that a PNG file tells about itself. Several pictures lie on one sheet, row by row."""
+    """All that a file tells about itself. Several pictures lie on one sheet, row by row."""
 
     model: Model
     pictures: tuple[Picture, ...]
@@ -136,6 +140,19 @@ def picture_of(stored: Mapping[str, Any]) -> Picture:
     return Picture(**found)
 
 
+def told(record: Record, suffix: str) -> dict[str, Any]:
+    """What a file of that suffix says of itself, as keywords for PIL's `save`."""
+    marked = MARK + json.dumps(record.to_dict())  # ASCII, as both formats want it
+    if suffix.lower() == ".gif":
+        return {"comment": marked.encode("ascii")}
+    if suffix.lower() == ".webp":
+        exif = PIL.Image.Exif()
+        exif[IMAGE_DESCRIPTION] = marked
+        exif[EXIF_IFD] = {USER_COMMENT: UTF_16 + parameters(record).encode("utf-16-be")}
+        return {"exif": exif.tobytes()}
+    return {"pnginfo": png_text(record)}
+
+
 def png_text(record: Record) -> PngInfo:
     """The text chunks that a PNG file of `record` carries."""
     text = PngInfo()
@@ -144,22 +161,31 @@ def png_text(record: Record) -> PngInfo:
     return text
 
 
+def stored_json(picture: PIL.Image.Image) -> str | None:
+    """The record's text in an open picture, or None if there is none."""
+    if picture.format == "PNG":
+        picture.load()  # text chunks may come after the pixels
+        return getattr(picture, "text", {}).get(KEY)
+    found = picture.info.get("comment", b"")
+    if picture.format == "WEBP":
+        found = picture.getexif().get(IMAGE_DESCRIPTION, "")
+    text = found.decode("ascii", "replace") if isinstance(found, bytes) else str(found)
+    return text.removeprefix(MARK) if text.startswith(MARK) else None
+
+
 def read_record(file: Path) -> Record:
-    """The record in a PNG file. Raises RequestError, naming the file, if there is none."""
+    """The record in a file. Raises RequestError, naming the file, if there is none."""
     try:
         with PIL.Image.open(file) as picture:
-            picture.load()  # text chunks may come after the pixels
-            text = getattr(picture, "text", {}).get(KEY)
+            text = stored_json(picture)
     except FileNotFoundError:
-        raise RequestError(
-            f"PICTURE {file}: no such file; give a PNG file that fewstep drew"
-        ) from None
+        raise RequestError(f"PICTURE {file}: no such file; give one that fewstep drew") from None
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise RequestError(f"PICTURE {file}: cannot be read as a picture ({error})") from error
     if text is None:
         raise RequestError(
             f"PICTURE {file}: does not say what it was drawn from; "
-            "give a PNG file that fewstep drew, unchanged by other programs"
+            "give a file that fewstep drew, unchanged by other programs"
         )
     try:
         stored = json.loads(text)

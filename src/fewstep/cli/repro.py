@@ -17,8 +17,8 @@ from ..errors import RequestError
 from ..schedulers import scheduler_from_config
 from . import drawing
 from .drawing import Given, Loaded
-from .files import plan_files, save, write_pictures
-from .record import Addition, Model, Picture, Record, Source, png_text, read_record
+from .files import MOVING, STILL, plan_files, save, write_pictures
+from .record import Addition, Model, Picture, Record, Source, read_record, told
 from .terminal import Progress
 
 
@@ -37,7 +37,11 @@ def repro(
     machine. `out` is where the new picture goes.
     """
     record = read_record(file)
-    targets = [] if out is None else plan_files(out, [f"{file.stem}-repro"], force=force)
+    targets = (
+        []
+        if out is None
+        else plan_files(out, [f"{file.stem}-repro"], force=force, suffixes=suffixes_of(record))
+    )
     given = pictures_of(record.pictures[0], file, image)
     loaded = drawing.load(
         model or record.model.id,
@@ -56,7 +60,7 @@ def repro(
     ):
         drawn = loaded.draw(record, given, progress.advance)
     for target in targets:
-        write_pictures(drawn, target, png_text(record))
+        write_pictures(drawn, target, told(record, target.suffix))
     again = BytesIO()
     save(drawn, again, file.suffix.lower())
     verdict, code = compare(frames_of(file), frames_of(again))
@@ -64,6 +68,11 @@ def repro(
     if code and (changes := differences(record, loaded)):
         print(f"drawn with {changes}")
     return code
+
+
+def suffixes_of(record: Record) -> Sequence[str]:
+    """The kinds of files that the picture or the video of a record can go to."""
+    return STILL if record.pictures[0].frames is None else MOVING
 
 
 def check_weights(record: Record, loaded: Loaded, file: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import PIL.Image
@@ -64,6 +64,8 @@ class StableDiffusion(IPAdapterLoader, TextualInversionLoader, LoraLoader, Diffu
     Works for guidance by two network calls (batched as one), for guidance as an input of the
     network (`time_cond_proj_dim`), and without guidance.
     """
+
+    flags_pictures: ClassVar[bool] = True  # whether the tuple of a call tells of a safety checker
 
     def __init__(
         self,
@@ -496,7 +498,7 @@ class StableDiffusion(IPAdapterLoader, TextualInversionLoader, LoraLoader, Diffu
         plan: Plan,
         start: Callable[[Job], Job],
         finish: Callable[[Any], Any] | None = None,
-    ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
+    ) -> StableDiffusionPipelineOutput | tuple[Any, ...]:
         """The answer to a request: text to tensors, `start`, the loop, latents to pictures.
 
         `start` gives the job its first latents, unless the request brought them. `finish`, if
@@ -512,7 +514,7 @@ class StableDiffusion(IPAdapterLoader, TextualInversionLoader, LoraLoader, Diffu
         if isinstance(images, list):
             write_records(images, self, request, job)
         if not request.return_dict:
-            return images, flags
+            return (images, flags) if self.flags_pictures else (images,)
         return StableDiffusionPipelineOutput(images, flags)
 
     def sample(

@@ -41,6 +41,8 @@ class StableDiffusionXL(StableDiffusion):
     `requires_aesthetics_score`: the refiner, which is told a score in place of the target size.
     """
 
+    flags_pictures = False
+
     def __init__(
         self,
         vae: Autoencoder,
