@@ -42,6 +42,7 @@ MULTISTEP: list[Any] = [
     DPMSolverMultistepScheduler(),
     DPMSolverMultistepScheduler(solver_order=3, use_karras_sigmas=True),
     DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_type="heun"),
+    DPMSolverMultistepScheduler(algorithm_type="dpmsolver", final_sigmas_type="sigma_min"),
     PNDMScheduler(skip_prk_steps=True),
 ]
 
@@ -387,7 +388,8 @@ def test_known_names_have_classes_that_refuse_to_sample() -> None:
         (EulerDiscreteScheduler, {"final_sigmas_type": "one"}, "final_sigmas_type='one'"),
         (EulerDiscreteScheduler, {"use_karras_sigmas": True, "sigma_max": 800}, "sigma_max=800"),
         (DPMSolverMultistepScheduler, {"use_lu_lambdas": True}, "use_lu_lambdas=True"),
-        (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver"}, "'sde-dpmsolver\\+\\+'"),
+        (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver"}, "'dpmsolver'"),
+        (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver"}, "use 'sigma_min'"),
         (DPMSolverMultistepScheduler, {"solver_order": 4}, "solver_order=4"),
         (
             DPMSolverMultistepScheduler,

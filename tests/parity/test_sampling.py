@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
 SOLVER = "DPMSolverMultistepScheduler"
+DPM = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 TERMINAL = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 SAMPLERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     **{
@@ -32,6 +33,8 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "DPM++ 2M, Karras, 18": (SOLVER, {"use_karras_sigmas": True}, {"num_inference_steps": 18}),
     "DPM++ 3M": (SOLVER, {"solver_order": 3}, {"num_inference_steps": 6}),
     "DPM++ 2M SDE": (SOLVER, {"algorithm_type": "sde-dpmsolver++"}, {}),
+    "DPM 2M": (SOLVER, DPM, {}),
+    "DPM 3M, heun": (SOLVER, DPM | {"solver_order": 3, "solver_type": "heun"}, {}),
     "TCD": ("TCDScheduler", {}, {}),
     "TCD, eta": ("TCDScheduler", {}, {"eta": 0.3}),
     "PNDM": ("PNDMScheduler", {"skip_prk_steps": True, "timestep_spacing": "leading"}, {}),

@@ -7,14 +7,19 @@ from .consistency import boundary_scalings, consistency_function, lcm_step, lcm_
 from .guidance import classifier_free_guidance, guidance_embedding, rescale_guidance
 from .noise_schedule import NoiseSchedule, betas_for, expand, rescale_to_zero_snr
 from .solvers import (
+    SOLVERS,
+    Network,
     adams_bashforth,
     bounded_ddim_step,
     ddim_step,
     dpm_solver_step,
     tcd_step,
+    trajectory_function,
 )
 
 __all__ = [
+    "SOLVERS",
+    "Network",
     "NoiseSchedule",
     "adams_bashforth",
     "betas_for",
@@ -31,4 +36,5 @@ __all__ = [
     "rescale_guidance",
     "rescale_to_zero_snr",
     "tcd_step",
+    "trajectory_function",
 ]

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .noise_schedule import NoiseSchedule, expand
 
+Network = Callable[[Tensor, Tensor], Tensor]  # (z, t) -> raw output; t may lie between integers
+
 # Weights of the last outputs, the newest first, by their number (Adams and Bashforth).
 ADAMS_BASHFORTH = (
     (1.0,),
@@ -31,6 +33,81 @@ def ddim_step(
     """
     z0 = schedule.to_z0(output, z, t)
     return schedule.add_noise(z0, schedule.to_noise(output, z, t), t_prev)
+
+
+def trajectory_function(
+    output: Tensor, z: Tensor, t: Tensor, endpoint: Tensor, schedule: NoiseSchedule
+) -> Tensor:
+    """f(z, t -> e): the prediction of z at time e = `endpoint` (B,) on the trajectory through z.
+
+    It is a DDIM step to e, as phased consistency models have it (Wang et al. 2024,
+    arXiv:2405.18407). A row with t = e is z itself, bit for bit: the boundary condition.
+    """
+    return torch.where(expand(t == endpoint, z), z, ddim_step(output, z, t, endpoint, schedule))
+
+
+def ddim_solver(
+    network: Network, z: Tensor, t: Tensor, t_prev: Tensor, schedule: NoiseSchedule
+) -> Tensor:
+    """z at `t_prev` by DDIM: order 1, one call of the network."""
+    return ddim_step(network(z, t), z, t, t_prev, schedule)
+
+
+def dpm_solver_2(
+    network: Network, z: Tensor, t: Tensor, t_prev: Tensor, schedule: NoiseSchedule
+) -> Tensor:
+    """z at `t_prev` by DPM-Solver-2 (Lu et al. 2022, arXiv:2206.00927, Alg. 1, r_1 = 1/2).
+
+    Order 2, two calls: the noise predicted half-way leads from z straight to `t_prev`.
+    """
+    output, z_mid, t_mid = _half_way(network, z, t, t_prev, schedule)
+    noise = schedule.to_noise(output, z_mid, t_mid)
+    alpha, sigma = schedule.alpha_sigma(t, z)
+    return schedule.add_noise((z - sigma * noise) / alpha, noise, t_prev)
+
+
+def dpm_solver_pp_2s(
+    network: Network, z: Tensor, t: Tensor, t_prev: Tensor, schedule: NoiseSchedule
+) -> Tensor:
+    """z at `t_prev` by DPM-Solver++(2S) (Lu et al. 2022, arXiv:2211.01095, Alg. 1, r = 1/2).
+
+    Order 2, two calls: the z_0 predicted half-way leads from z straight to `t_prev`.
+    """
+    output, z_mid, t_mid = _half_way(network, z, t, t_prev, schedule)
+    z0 = schedule.to_z0(output, z_mid, t_mid)
+    alpha, sigma = schedule.alpha_sigma(t, z)
+    return schedule.add_noise(z0, (z - alpha * z0) / sigma, t_prev)
+
+
+def _half_way(
+    network: Network, z: Tensor, t: Tensor, t_prev: Tensor, schedule: NoiseSchedule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The network's output half-way between the times, the z (B, ...) and the time (B,) there."""
+    t_mid = middle_time(t, t_prev, schedule)
+    z_mid = ddim_step(network(z, t), z, t, t_mid, schedule)
+    return network(z_mid, t_mid), z_mid, t_mid
+
+
+def middle_time(t: Tensor, t_prev: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """The time (B,), floating, whose log(alpha / sigma) lies half-way between `t` and `t_prev`.
+
+    It inverts the schedule's own interpolation, so that alpha and sigma there are exact.
+    """
+    table = schedule.ratio(torch.arange(len(schedule), device=t.device))
+    middle = (schedule.ratio(t) * schedule.ratio(t_prev)).sqrt()
+    low = (torch.searchsorted(table, middle, right=True) - 1).clamp(0, len(schedule) - 2)
+    below, above = table[low], table[low + 1]
+    if schedule.log_interpolation:
+        below, above, middle = below.log(), above.log(), middle.log()
+    return low + (middle - below) / (above - below)
+
+
+# By the names that recipes use: z at t_prev from (network, z, t, t_prev, schedule).
+SOLVERS = {
+    "ddim": ddim_solver,
+    "dpm_solver_2": dpm_solver_2,
+    "dpm_solver_pp_2s": dpm_solver_pp_2s,
+}
 
 
 def bounded_ddim_step(
@@ -105,6 +182,7 @@ def dpm_solver_step(
     *,
     noise: Tensor | None = None,
     heun: bool = False,
+    of_noise: bool = False,
 ) -> Tensor:
     """z at `t_next` by one multistep step of DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095).
 
@@ -113,11 +191,18 @@ def dpm_solver_step(
     3M, whose last term is half of Taylor's: errors are smaller than 2M's, but fall no faster. More
     than one need a `t_next` >= 0. With `noise` it is SDE-DPM-Solver++, for up to two. `heun` takes
     the second-order term exactly, where 2M has the midpoint's.
+
+    `of_noise` makes it DPM-Solver (Lu et al. 2022, arXiv:2206.00927): the predictions are of the
+    noise, and the step is the same with alpha and sigma, and the direction of log(alpha / sigma),
+    exchanged. Needs a `t_next` >= 0 and takes no `noise`.
     """
     alpha, sigma = schedule.alpha_sigma(t_next, z)
-    _, sigma_now = schedule.alpha_sigma(predictions[0][0], z)
+    alpha_now, sigma_now = schedule.alpha_sigma(predictions[0][0], z)
     log_snr = [half_log_snr(t, z, schedule) for t, _ in predictions]
     h = half_log_snr(t_next, z, schedule) - log_snr[0]
+    if of_noise:
+        alpha, sigma, sigma_now = sigma, alpha, alpha_now
+        h, log_snr = -h, [-value for value in log_snr]
     # The integral of the exponential weight over the step; noise doubles its rate.
     k = h if noise is None else 2 * h
     weight = -torch.expm1(-k)

@@ -1,4 +1,4 @@
-"""DPMSolverMultistepScheduler: DPM-Solver++ of order 1 to 3, and its stochastic sister."""
+"""DPMSolverMultistepScheduler: DPM-Solver++ of order 1 to 3, its stochastic sister, DPM-Solver."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class DPMSolverConfig(NoiseConfig):
     thresholding: bool = False  # bound the predicted z_0 by a quantile of itself
     dynamic_thresholding_ratio: float = 0.995
     sample_max_value: float = 1.0
-    algorithm_type: str = "dpmsolver++"  # or "sde-dpmsolver++"
+    algorithm_type: str = "dpmsolver++"  # or "sde-dpmsolver++", or "dpmsolver" in the noise
     solver_type: str = "midpoint"  # or "heun", of the second order
     lower_order_final: bool = True
     euler_at_final: bool = False
@@ -80,7 +80,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         """Set up from a config. Raises UnsupportedConfig for values that are not implemented."""
         super().configure(config)
         self.require("final_sigmas_type", ("zero", "sigma_min"))
-        self.require("algorithm_type", ("dpmsolver++", "sde-dpmsolver++"))
+        self.require("algorithm_type", ("dpmsolver++", "sde-dpmsolver++", "dpmsolver"))
         self.require("solver_type", ("midpoint", "heun"))
         self.require("solver_order", (1, 2, 3))
         if self.is_stochastic and self.config.solver_order == 3:
@@ -88,11 +88,28 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
                 "solver_order=3 is not implemented with algorithm_type='sde-dpmsolver++'; "
                 "use solver_order=2"
             )
+        if self.is_of_noise and self.config.final_sigmas_type == "zero":
+            raise UnsupportedConfig(
+                "final_sigmas_type='zero' cannot be reached with algorithm_type='dpmsolver'; "
+                "use 'sigma_min'"
+            )
 
     @property
     def is_stochastic(self) -> bool:
         """Whether every step adds fresh noise."""
         return self.config.algorithm_type == "sde-dpmsolver++"
+
+    @property
+    def is_of_noise(self) -> bool:
+        """Whether steps go by predictions of the noise, not of z_0."""
+        return self.config.algorithm_type == "dpmsolver"
+
+    def followed(self, z0: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """What steps go by, of the prediction `z0` at (z, t): itself, or the noise it implies."""
+        if not self.is_of_noise:
+            return z0
+        alpha, sigma = self.noise_schedule.alpha_sigma(t.to(z.device), z0)
+        return (z.to(z0.dtype) - alpha * z0) / sigma
 
     def plan(
         self,
@@ -150,7 +167,8 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         last step.
         """
         z0 = self.prediction(output, z, t)
-        return self.multistep(z, [(t, z0)], t_next, draw), z0.to(z.dtype)
+        followed = self.followed(z0, z, t)
+        return self.multistep(z, [(t, followed)], t_next, draw), z0.to(z.dtype)
 
     def prediction(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """z_0 (B, ...) in the dtype that steps are computed in."""
@@ -168,7 +186,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         t_next: Tensor,
         draw: Callable[[], Tensor],
     ) -> Tensor:
-        """z at `t_next` by the last predictions (time, z_0), the newest first."""
+        """z at `t_next` by the last predictions (time, what is followed), the newest first."""
         dtype = working_dtype(z)
         t_next = t_next.clamp(min=self.end)
         is_noisy = self.is_stochastic and bool((t_next >= 0).any())
@@ -179,6 +197,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
             self.noise_schedule,
             noise=draw().to(dtype) if is_noisy else None,
             heun=self.config.solver_type == "heun",
+            of_noise=self.is_of_noise,
         )
         return z_next.to(z.dtype)
 
@@ -209,7 +228,7 @@ class DPMSolverRun:
 
     scheduler: DPMSolverMultistepScheduler
     plan: Plan
-    last: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (time, z_0), newest first
+    last: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # as `multistep` takes them
     index: int = 0  # of the next step in the plan
 
     def __call__(
@@ -219,7 +238,7 @@ class DPMSolverRun:
         if self.plan.exact is not None:
             t = self.plan.exact[self.index].expand(len(z))
         z0 = self.scheduler.prediction(output, z, t)
-        self.last = [(t, z0), *self.last][: self.order()]
+        self.last = [(t, self.scheduler.followed(z0, z, t)), *self.last][: self.order()]
         z_next = self.scheduler.multistep(z, self.last, t_next, draw)
         self.index += 1
         return z_next, z0.to(z.dtype)
