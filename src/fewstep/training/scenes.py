@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,17 +15,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..checkpoints.config import replacing
 from ..errors import RequestError
 from ..models.vae import AutoencoderKL
-from .config import Data, Recipe, parse
+from .config import Recipe
+from .config import Scenes as SceneData
 from .emoji.compose import Mix, SceneSampler
 from .emoji.render import render
 from .emoji.sprites import load_sprites
+from .schema import parse
 
 
 def sampler_of(recipe: Recipe) -> SceneSampler:
     """The recipe's scenes. Raises RequestError if there are no sprites, naming the command."""
-    data = recipe.data
+    data = recipe.scenes
     if not Path(data.sprites).is_dir():
         raise RequestError(
             f"data.sprites={data.sprites!r} is not a folder; "
@@ -43,7 +45,7 @@ def sampler_of(recipe: Recipe) -> SceneSampler:
     )
 
 
-class Scenes(Dataset):
+class DrawnScenes(Dataset):
     """Scenes `start` to `stop` of a sampler: (picture (3, size, size) uint8, caption)."""
 
     def __init__(self, sampler: SceneSampler, start: int, stop: int, size: int) -> None:
@@ -95,7 +97,7 @@ def encoded_scenes(recipe: Recipe, folder: Path, vae: AutoencoderKL, tokenizer: 
 
     The cache is keyed by everything the latents depend on; a stale one is made anew.
     """
-    data = recipe.data
+    data = recipe.scenes
     key = _key(data, recipe.seed, vae)
     paths = {name: folder / f"{name}-{key}.npy" for name in ("latents", "captions")}
     if not all(path.exists() for path in paths.values()):
@@ -120,9 +122,11 @@ def tokenize(tokenizer: Any, captions: Sequence[str]) -> np.ndarray:
 
 
 @torch.no_grad()
-def _encode(sampler: SceneSampler, data: Data, vae: AutoencoderKL) -> tuple[np.ndarray, list[str]]:
+def _encode(
+    sampler: SceneSampler, data: SceneData, vae: AutoencoderKL
+) -> tuple[np.ndarray, list[str]]:
     rows, captions = [], []
-    scenes = Scenes(sampler, 0, data.scenes, data.size).batches(64, data.workers)
+    scenes = DrawnScenes(sampler, 0, data.scenes, data.size).batches(64, data.workers)
     for pixels, said in tqdm(scenes, desc="encode scenes", unit="batch"):
         x = normalised(pixels, vae.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
@@ -132,8 +136,8 @@ def _encode(sampler: SceneSampler, data: Data, vae: AutoencoderKL) -> tuple[np.n
     return np.concatenate(rows), captions
 
 
-def _key(data: Data, seed: int, vae: AutoencoderKL) -> str:
-    drawn = asdict(data) | {"workers": 0}
+def _key(data: SceneData, seed: int, vae: AutoencoderKL) -> str:
+    drawn = asdict(data) | dict.fromkeys(("workers", "empty_captions", "held_out", "cache"), 0)
     digest = hashlib.sha256(json.dumps([drawn, seed], sort_keys=True, default=list).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
@@ -143,7 +147,5 @@ def _key(data: Data, seed: int, vae: AutoencoderKL) -> str:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write an .npy file: all of it, or nothing."""
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
+    with replacing(path) as beside, beside.open("wb") as file:
         np.save(file, array, allow_pickle=False)
-    os.replace(part, path)

@@ -57,7 +57,8 @@ class Mix:
     coloured_background           chance of another background than white
     say_white                     chance that the caption of a white scene says so
     recoloured                    chance that a single object with a clear hue gets another
-    say_3d                        chance that a 3d scene says so (other styles are always said)
+    say_3d                        chance that a 3d scene says so
+    say_style                     chance that a scene of another style says so
     label, label_tags, tag_only   weights of the three ways to name a single object
     rarest_tag                    most concepts that may share a keyword which alone names an object
     jitter                        how far sizes and places vary: 1 as usual, 0 not at all
@@ -73,6 +74,7 @@ class Mix:
     say_white: float = 0.1
     recoloured: float = 0.12
     say_3d: float = 0.15
+    say_style: float = 1.0
     label: float = 0.60
     label_tags: float = 0.25
     tag_only: float = 0.15
@@ -253,12 +255,18 @@ class SceneSampler:
         caption = subject
         if background != "white" or rng.random() < self.mix.say_white:
             caption += _on(background)
-        if style != "3d" or rng.random() < self.mix.say_3d:
+        if self._says(style, rng):
             before, after = STYLE_PHRASES[style]
             # no "flat icon of a picture of ..."
             first = rng.random() < 0.5 and not caption.startswith(_MEDIA)
             caption = (before if first else after).format(caption)
         return Scene(caption, kind, objects, style, background, **truth)
+
+    def _says(self, style: str, rng: np.random.Generator) -> bool:
+        """Whether a caption tells the style."""
+        if style == "3d":
+            return bool(rng.random() < self.mix.say_3d)
+        return self.mix.say_style == 1 or bool(rng.random() < self.mix.say_style)
 
     def _mirror(self, rng: np.random.Generator, row: int) -> bool:
         return bool(rng.random() < self.mix.mirrored) and self.vocabulary.mirrorable(row)
