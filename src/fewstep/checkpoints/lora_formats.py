@@ -250,12 +250,7 @@ def refuse_other_family(
     given = None if unet_config is None else unet_config.get("cross_attention_dim")
     ours = given[0] if isinstance(given, (tuple, list)) else given
     said = {key: split for key in tensors if (split := split_key(key))}
-    theirs = {
-        channels
-        for key, name in said.items()
-        if name.module.endswith("attn2_to_k") and "motion_modules" not in name.module
-        if (channels := _inputs(name.part, tensors[key])) is not None
-    }
+    theirs = text_channels(tensors)
     family = next((f for p, f in FOREIGN if any(p.search(key) for key in tensors)), None)
     if family is None and ours is not None and theirs and ours not in theirs:
         family = _family(min(theirs))
@@ -272,10 +267,21 @@ def refuse_other_family(
         )
 
 
-def _family(text_channels: int | None) -> str:
-    if text_channels is None:
+def text_channels(tensors: Mapping[str, Tensor]) -> set[int]:
+    """The channels of the text that the UNet of a file's LoRA attends to; empty if it is silent."""
+    said = {key: split for key in tensors if (split := split_key(key))}
+    return {
+        channels
+        for key, name in said.items()
+        if name.module.endswith("attn2_to_k") and "motion_modules" not in name.module
+        if (channels := _inputs(name.part, tensors[key])) is not None
+    }
+
+
+def _family(channels: int | None) -> str:
+    if channels is None:
         return "without a UNet"
-    return f"{FAMILIES.get(text_channels, 'another')} ({text_channels} text channels)"
+    return f"{FAMILIES.get(channels, 'another')} ({channels} text channels)"
 
 
 def _inputs(part: str, value: Tensor) -> int | None:

@@ -12,7 +12,9 @@ import torch
 from ..errors import RequestError
 from ..pipelines.catalog import LatentConsistencyModelPipeline
 from ..pipelines.families import StableDiffusion
+from .convert import stored_recipe
 from .emoji.notices import NOTICE
+from .scenes import sampler_of
 
 CARD = """\
 ---
@@ -99,7 +101,7 @@ def card(run: Path, pipe: StableDiffusion, name: str, figures: str) -> str:
         size=lcm["data"]["size"],
         guidance_min=settings["w_min"] + 1,
         guidance_max=settings["w_max"] + 1,
-        concepts=json.loads((run / "lcm" / "figures.json").read_text())["concepts"],
+        concepts=concepts_of(run / "lcm"),
         unet=millions(pipe.unet),
         vae=millions(pipe.vae),
         text=millions(pipe.text_encoder),
@@ -110,3 +112,10 @@ def card(run: Path, pipe: StableDiffusion, name: str, figures: str) -> str:
         target="averaged" if settings["target"] == "ema" else "stop-gradient",
         figures=figures or "Not measured yet.",
     )
+
+
+def concepts_of(run: Path) -> int:
+    """How many concepts a run's captions name; early runs have it on file."""
+    if (run / "figures.json").exists():
+        return int(json.loads((run / "figures.json").read_text())["concepts"])
+    return len(sampler_of(stored_recipe(run / "recipe.json")).rows)
