@@ -11,7 +11,6 @@ from fewstep import LatentConsistencyModelPipeline, StableDiffusionPipeline
 from fewstep.errors import RequestError
 from fewstep.training import load_recipe, train
 from fewstep.training.package import package_model
-from fewstep.training.phases.lcm import student_of
 from fewstep.training.phases.text import sentence_embeddings
 from fewstep.training.scenes import batch_indices
 
@@ -41,7 +40,7 @@ PHASES = {
         "teacher.model.cross_attention_dim=16",
         "teacher.model.sample_size=8",
     ],
-    "emoji64_4_lcm": ["lcm.guidance_dim=16"],
+    "emoji64_4_lcm": ["consistency.guidance_dim=16", "data.held_out=4"],
 }
 
 
@@ -62,6 +61,14 @@ def sentence_encoder(tmp_path_factory):
 
 def run(name, folder, *more):
     return train(load_recipe(name, [*COMMON, *PHASES[name], *more]), output=folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Encoded scenes go into a folder of this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWSTEP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -90,38 +97,61 @@ def test_latents_have_about_unit_deviation(trained):
     assert np.load(latents).astype(np.float32).std() == pytest.approx(1, abs=0.3)
 
 
-def test_the_student_starts_as_the_teacher_for_every_guidance(trained):
-    pipe = StableDiffusionPipeline.from_pretrained(trained / "teacher" / "pipeline")
-    student = student_of(pipe.unet, 16).eval()
-    z, text = torch.randn(2, 8, 8, 8), torch.randn(2, 5, 16)
-    t = torch.tensor([19, 999])
-    expected = pipe.unet(z, t, text).sample
-    for w in (torch.zeros(2, 16), torch.randn(2, 16)):
-        assert torch.equal(student(z, t, text, timestep_cond=w).sample, expected)
-
-
 def test_a_phase_killed_halfway_and_resumed_gives_the_same_weights(trained, tmp_path, monkeypatch):
-    from fewstep.training import loop
-    from fewstep.training.phases.lcm import Consistency
+    from fewstep.training.phases.teacher import Teacher
+    from fewstep.training.report import LossLog
 
-    for part in ("teacher", "latents"):
+    for part in ("autoencoder", "text", "latents"):
         (tmp_path / part).symlink_to(trained / part)
-    monkeypatch.setattr(loop.LossLog, "EVERY", 1)
-    whole = trained / "lcm" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
-    loss = Consistency.loss
+    monkeypatch.setattr(LossLog, "EVERY", 1)
+    whole = trained / "teacher" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    loss = Teacher.loss
 
-    def killed(self, step):
+    def killed(self, step, part):
         if step == 2:
             raise KeyboardInterrupt
-        return loss(self, step)
+        return loss(self, step, part)
 
-    monkeypatch.setattr(Consistency, "loss", killed)
+    monkeypatch.setattr(Teacher, "loss", killed)
     with pytest.raises(KeyboardInterrupt):
-        run("emoji64_4_lcm", tmp_path, "run.checkpoint_minutes=0")
-    monkeypatch.setattr(Consistency, "loss", loss)
-    run("emoji64_4_lcm", tmp_path)
-    resumed = tmp_path / "lcm" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+        run("emoji64_3_teacher", tmp_path, "run.checkpoint_minutes=0")
+    monkeypatch.setattr(Teacher, "loss", loss)
+    run("emoji64_3_teacher", tmp_path)
+    resumed = tmp_path / "teacher" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_an_adapter_is_trained_on_the_teacher_and_steers(trained, tmp_path):
+    from fewstep import StableDiffusionAdapterPipeline, T2IAdapter
+
+    for part in ("teacher",):
+        (tmp_path / part).symlink_to(trained / part)
+    changes = [
+        "data.held_out=4",
+        "adapter.base={folder}/teacher/pipeline",
+        "adapter.model.channels=[8, 16, 16]",
+        "adapter.sheet.teacher_steps=2",
+    ]
+    made = load_recipe("emoji64_edges", [*COMMON, *changes, "run.sheet_steps=3"])
+    folder = train(made, output=tmp_path)
+    assert (folder / "sheet.png").exists()
+    adapter = T2IAdapter.from_pretrained(folder / "adapter")
+    teacher = StableDiffusionPipeline.from_pretrained(tmp_path / "teacher" / "pipeline")
+    pipe = StableDiffusionAdapterPipeline(
+        **teacher.components, adapter=adapter, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    drawn = [
+        pipe(
+            "a red apple",
+            image=torch.full((1, 3, 32, 32), value),
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+        for value in (0.0, 1.0)
+    ]
+    assert not torch.equal(*drawn)
 
 
 def test_other_captions_get_their_own_sentence_embeddings(sentence_encoder, tmp_path):
@@ -131,13 +161,6 @@ def test_other_captions_get_their_own_sentence_embeddings(sentence_encoder, tmp_
     assert np.array_equal(
         one, sentence_embeddings(["a red apple"], str(sentence_encoder), tmp_path)
     )
-
-
-def test_the_stop_gradient_target_trains_too(trained, tmp_path):
-    for part in ("teacher", "latents"):
-        (tmp_path / part).symlink_to(trained / part)
-    folder = run("emoji64_4_lcm", tmp_path, "lcm.target=stopgrad")
-    assert (folder / "pipeline" / "model_index.json").exists()
 
 
 def test_missing_sprites_name_the_command(tmp_path):

@@ -3,43 +3,80 @@
 from __future__ import annotations
 
 import difflib
-import inspect
-import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from .. import EMBEDDED
 from ..errors import RequestError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .schema import parse, place, read_table, toml_value
 
 RECIPES = Path(__file__).parent / "recipes"
+EMBEDDED_TEACHER = "embedded-teacher"
 
-T = TypeVar("T")
+# ── what is learned from ──
 
 
 @dataclass(frozen=True)
-class Data:
-    """Which pictures, as scenes composed of emoji sprites (`fewstep data emoji` prepares them)."""
+class Scenes:
+    """Pictures composed of emoji sprites, with captions (`fewstep data emoji` prepares them)."""
 
     sprites: str  # folder
+    source: Literal["emoji"] = "emoji"
     selection: str = "all"
     size: int = 64  # pixels
     scenes: int = 50_000  # how many are drawn, encoded and kept; the autoencoder draws new ones
     workers: int = 0  # processes that draw scenes; 0: the training process itself
     mix: Mapping[str, Any] = field(default_factory=dict)  # see training.emoji.compose.Mix
+    # Of the phases "consistency" and "adapter":
+    duotone: tuple[str, ...] = ()  # "#rrggbb" of black and of white: a style of two colours
+    empty_captions: float = 0.0  # share of captions that become empty
+    held_out: int = 0  # scenes kept from training, for the held-out loss
+    cache: str = ""  # folder of encoded scenes; empty: ~/.cache/fewstep/encoded
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Captioned pictures: a folder, a Hugging Face data set, or WebDataset shards."""
+
+    source: Literal["folder", "huggingface", "webdataset"]
+    path: str  # the folder; the data set's name or folder; shards as "folder/{0000..0099}.tar"
+    resolution: int  # pixels a side, or in a bucket as many pixels as this square has
+    split: str = "train"  # of a Hugging Face data set
+    image_key: str = "image"  # its column, or the shards' extensions "jpg;png;webp"
+    caption_key: str = "text"  # column, extension, or key of metadata.jsonl and .csv
+    buckets: bool = False  # crop to the nearest of several aspect ratios, not to a square
+    crop: Literal["center", "random"] = "center"
+    flip: float = 0.0  # share of the variants that are mirrored
+    variants: int = 1  # crops and flips of each picture that are encoded and drawn from
+    posterior: Literal["sample", "mean"] = "sample"  # of the autoencoder, at each use
+    empty_captions: float = 0.0  # share of captions that become empty
+    min_side: int = 0  # pictures with a shorter side are dropped
+    limit: int = 0  # use so many pictures at most; 0: all
+    held_out: int = 0  # pictures kept from training, for the held-out loss
+    workers: int = 0  # processes that read pictures
+    cache: str = ""  # folder of encoded pictures; empty: ~/.cache/fewstep/encoded
+
+
+DATA: dict[str, type] = {
+    "emoji": Scenes,
+    "folder": Pictures,
+    "huggingface": Pictures,
+    "webdataset": Pictures,
+}
+
+# ── how it is learned ──
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with a linear warm-up and a cosine to `final_lr` times the peak."""
+    """AdamW with a linear warm-up, then constant or a cosine to `final_lr` times the peak."""
 
     lr: float
-    betas: tuple[float, float] = (0.9, 0.99)
+    kind: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bit: with bitsandbytes, on CUDA
+    schedule: Literal["cosine", "constant"] = "cosine"
+    betas: tuple[float, ...] = (0.9, 0.99)
     weight_decay: float = 0.01
     warmup: int = 200  # steps
     final_lr: float = 0.02  # share of lr
@@ -48,16 +85,24 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Run:
-    """How long, in what batches and precision, and how often a checkpoint and a sheet are made."""
+    """How long, in what batches and precision, on what, and what is written on the way."""
 
-    steps: int
-    batch: int
+    steps: int  # of the optimizer
+    batch: int  # samples a step, over all devices
+    accumulate: int = 1  # parts in which a device takes its share of a batch, to save memory
     ema: float = 0.998  # decay per step of the averaged weights, which are what is used afterwards
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     device: str = "auto"
     threads: int = 0  # of the CPU; 0 leaves torch's choice
+    gradient_checkpointing: bool = False  # less memory for activations, a third more time
+    compile: bool = False  # torch.compile of each transformer and residual block
+    shard: bool = False  # FSDP2: parameters and moments spread over the devices
     checkpoint_minutes: float = 5.0
-    sheet_steps: int = 1000  # 0: none
+    sheet_steps: int = 1000  # a sheet and figures every so many steps; 0: none
+    trackers: tuple[str, ...] = ()  # "tensorboard", "wandb"
+
+
+# ── what is learned: the phases of the embedded model, and the consistency model of any model ──
 
 
 @dataclass(frozen=True)
@@ -89,37 +134,161 @@ class TeacherPhase:
 
 
 @dataclass(frozen=True)
-class ConsistencyPhase:
-    """Latent consistency distillation of the teacher (LCM, Algorithm 1)."""
+class LoRA:
+    """Low-rank adapters in place of the whole network: W x + (alpha / rank) up(down(x))."""
 
-    w_min: float = 1.0  # the paper's omega: guidance_scale - 1
-    w_max: float = 8.0
-    grid_steps: int = 50  # times that the student learns; the paper's k is 1000 / 50 = 20
-    guidance_dim: int = 256  # channels of the omega embedding
+    rank: int = 64
+    alpha: float = 64.0
+    targets: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "proj_in",
+        "proj_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "conv1",
+        "conv2",
+        "conv_shortcut",
+        "downsamplers.0.conv",
+        "upsamplers.0.conv",
+        "time_emb_proj",
+    )
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What the sheets draw, and how the teacher draws beside it."""
+
+    prompts: tuple[str, ...]
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    guidance_scale: float = 1.0  # of the student: as an input, or classifier-free
+    teacher_steps: int = 50
+    teacher_guidance_scale: float = 7.5
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is written beside the full-precision result."""
+
+    half: bool = True  # a float16 variant
+    kohya: bool = True  # a LoRA under Kohya's keys too
+    push_to: str = ""  # repository on the hub
+
+
+@dataclass(frozen=True)
+class FromBase:
+    """The model that something is made from, and what the sheets draw.
+
+    A place is a folder or a hub repository in diffusers' layout, and `base` also a single file,
+    "embedded" or "embedded-teacher". "{folder}" stands in it for the recipe's folder.
+    """
+
+    base: str
+    sheet: Sheet
+    variant: str = ""  # of the base's files
+    revision: str = ""
+    vae: str = ""  # another autoencoder
+    unet: str = ""  # another UNet
+    prediction_type: Literal["", "epsilon", "v_prediction"] = ""  # empty: the base's scheduler's
+
+
+@dataclass(frozen=True)
+class ConsistencyPhase(FromBase):
+    """Latent consistency distillation, LCM-LoRA, fine-tuning; phased and trajectory endpoints.
+
+    And what goes with them: fine-tuning of the diffusion model itself.
+    """
+
+    # LCD; LCF; or the plain loss of diffusion models, as for a LoRA of a style
+    method: Literal["distillation", "fine_tuning", "denoising"] = "distillation"
+    lora: LoRA | None = None  # None: the whole network is trained
+    w_min: float = 3.0  # the paper's omega, guidance_scale - 1; w_min = w_max fixes it
+    w_max: float = 15.0
+    guidance_dim: int = 256  # channels of the omega embedding; 0: none. LoRAs take the base's
+    solver: Literal["ddim", "dpm_solver_2", "dpm_solver_pp_2s"] = "ddim"
+    solver_guidance: bool = True  # False: the teacher's step is unguided, one pass (PCM)
+    endpoint: Literal["zero", "phases", "sampled"] = "zero"  # LCM, PCM, TCD
+    phases: int = 4  # of endpoint="phases"
+    grid_steps: int = 50  # times that the student learns; the paper's k is 1000 / grid_steps
+    first_grid_steps: int = 0  # start with a coarser grid, which doubles; 0: the same all along
     target: Literal["ema", "stopgrad"] = "ema"
     target_decay: float = 0.95
-    huber_c: float = 1e-3
+    distance: Literal["squared", "pseudo_huber", "cauchy"] = "pseudo_huber"
+    distance_c: float = 1e-3
+    output: Output = field(default_factory=Output)
+
+
+@dataclass(frozen=True)
+class AdapterPhase(FromBase):
+    """A T2I-Adapter (Mou et al. 2023) that steers a frozen model by the edges of a picture."""
+
+    model: Mapping[str, Any] = field(default_factory=dict)  # config of the T2IAdapter
+    thresholds: tuple[float, ...] = (100.0, 200.0)  # of Canny's edges
+    time_power: float = 3.0  # structure is decided at high noise, as of the teacher's phase
 
 
 PHASES: dict[str, type] = {
     "autoencoder": AutoencoderPhase,
     "text": TextPhase,
     "teacher": TeacherPhase,
-    "lcm": ConsistencyPhase,
+    "consistency": ConsistencyPhase,
+    "adapter": AdapterPhase,
 }
+ENCODED = ("consistency", "adapter")  # the phases that work on encoded data
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run. `folder` holds the outputs of all phases of a model, each in its own."""
+    """One training run, in `folder`; the phases of one model share it, each in its own below."""
 
-    phase: Literal["autoencoder", "text", "teacher", "lcm"]
+    phase: Literal["autoencoder", "text", "teacher", "consistency", "adapter"]
     folder: str
     seed: int
-    data: Data
+    data: Scenes | Pictures
     optimizer: Optimizer
     run: Run
-    settings: AutoencoderPhase | TextPhase | TeacherPhase | ConsistencyPhase
+    settings: AutoencoderPhase | TextPhase | TeacherPhase | ConsistencyPhase | AdapterPhase
+    name: str = ""  # folder of this phase; empty: the phase's name
+
+    @property
+    def output(self) -> Path:
+        """The folder of this run."""
+        return Path(self.folder) / (self.name or self.phase)
+
+    @property
+    def size(self) -> int:
+        """Pixels a side of the pictures; in buckets, of the square of as many pixels."""
+        return self.data.size if isinstance(self.data, Scenes) else self.data.resolution
+
+    @property
+    def scenes(self) -> Scenes:
+        """The data as scenes, which the phases of the embedded model compose themselves."""
+        if not isinstance(self.data, Scenes):
+            raise RequestError(
+                f"data.source={self.data.source!r}: the phase {self.phase!r} draws emoji scenes; "
+                "use phase = 'consistency' for other pictures"
+            )
+        return self.data
+
+
+def refuse_unread(data: Scenes | Pictures, phase: str, source: str) -> None:
+    """Raises RequestError for entries that only phases on encoded data read."""
+    usual = Scenes("")
+    for name in ("duotone", "empty_captions", "held_out", "cache"):
+        if getattr(data, name, None) not in (None, getattr(usual, name)):
+            raise RequestError(
+                f"{source}: data.{name} is not read by the phase {phase!r}, but by "
+                f"{' and '.join(ENCODED)}; leave it out"
+            )
+
+
+def place_of(name: str, folder: str) -> str:
+    """The place that `base`, `unet` or `vae` of a recipe names; see `FromBase`."""
+    if name in ("embedded", EMBEDDED_TEACHER):
+        return str(EMBEDDED)
+    return name.replace("{folder}", folder)
 
 
 def recipe_names() -> list[str]:
@@ -142,10 +311,7 @@ def recipe_path(name_or_file: str) -> Path:
 def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
     """A recipe with `key=value` overrides (`run.steps=100`); values are TOML, or plain strings."""
     path = recipe_path(name_or_file)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise RequestError(f"recipe {path}: {error}") from None
+    table = read_table(path)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
@@ -161,56 +327,11 @@ def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:
     if phase not in PHASES:
         raise RequestError(f"{source}: phase must be one of {list(PHASES)}, got {phase!r}")
     settings: Any = parse(PHASES[phase], table.pop(phase, {}), f"{source}: {phase}")
+    data = table.get("data", {})
+    kind = data.get("source", "emoji")
+    if kind not in DATA:
+        raise RequestError(f"{source}: data.source must be one of {list(DATA)}, got {kind!r}")
+    table["data"] = parse(DATA[kind], data, f"{source}: data")
+    if phase not in ENCODED:
+        refuse_unread(table["data"], phase, source)
     return parse(Recipe, table | {"settings": settings}, source)
-
-
-def toml_value(text: str) -> Any:
-    """`text` as a TOML value, or as a string where it is none."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def place(table: dict[str, Any], path: list[str], value: Any) -> None:
-    """Set the entry at a dotted path."""
-    for name in path[:-1]:
-        table = table.setdefault(name, {})
-        if not isinstance(table, dict):
-            raise RequestError(f"override {'.'.join(path)}: {name!r} is not a section")
-    table[path[-1]] = value
-
-
-def parse(kind: type[T], table: Mapping[str, Any], source: str) -> T:
-    """`table` as a dataclass, checked key by key and type by type."""
-    hints = get_type_hints(kind)
-    for key in table:
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f" (known: {sorted(hints)})"
-            raise RequestError(f"{source}: unknown key {key!r}{hint}")
-    parameters = inspect.signature(kind).parameters.values()
-    required = {p.name for p in parameters if p.default is p.empty}
-    if missing := sorted(required - set(table)):
-        raise RequestError(f"{source}: missing {missing}")
-    return kind(
-        **{key: convert(hints[key], value, f"{source}: {key}") for key, value in table.items()}
-    )
-
-
-def convert(hint: Any, value: Any, source: str) -> Any:
-    """`value` as the type `hint`, or RequestError."""
-    if is_dataclass(hint) and isinstance(value, Mapping):
-        return parse(hint, value, source)  # type: ignore[arg-type]
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise RequestError(f"{source} must be one of {list(get_args(hint))}, got {value!r}")
-        return value
-    if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
-        return tuple(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    plain = {int: int, float: float, str: str, bool: bool}.get(hint)
-    if plain is not None and (not isinstance(value, plain) or (plain is int and value is True)):
-        raise RequestError(f"{source} must be a {plain.__name__}, got {value!r}")
-    return value

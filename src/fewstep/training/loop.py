@@ -1,28 +1,31 @@
 """The training loop, in reading order: loss, backward, clip, step, average, log, checkpoint, sheet.
 
 A phase says what is trained and how its loss is made; the loop knows nothing of the method. Every
-draw depends on (seed, step) alone, so a run that is resumed equals one that was not interrupted.
+draw depends on (seed, step, position in the batch) alone, so a run that is resumed equals one that
+was not interrupted, and one on several devices equals one on a single device, but for rounding.
+How gradients and parameters go over several devices stands in parallel.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ..errors import FewstepError
-from .config import Optimizer, Recipe
-from .state import load_state, save_state
+from ..errors import FewstepError, RequestError
+from .config import Optimizer, Recipe, Run
+from .interruption import StoppedError, stopping
+from .parallel import averaging, gather, shard, shares, together, whole
+from .ranks import Ranks
+from .report import LossLog, reporting
+from .state import State
 
 
 class Phase(Protocol):
@@ -31,17 +34,17 @@ class Phase(Protocol):
     trained: Mapping[str, nn.Module]  # by the name it has in checkpoints
     kept: Mapping[str, nn.Module]  # not trained by gradient, but part of the state (EMA target)
 
-    def loss(self, step: int) -> Tensor:
-        """The loss of the batch of this step, a scalar with gradient."""
+    def loss(self, step: int, part: range) -> Tensor:
+        """The mean loss of these positions of the batch of this step, a scalar with gradient."""
 
-    def after_step(self) -> None:
+    def after_step(self, step: int) -> None:
         """Called after each optimizer step."""
 
-    def sheet(self) -> Image.Image:
-        """What the weights now draw; called with the averaged weights in place."""
+    def show(self) -> tuple[Image.Image, dict[str, float]]:
+        """A sheet of what the averaged weights, which are in place, draw; and figures about it."""
 
-    def finish(self, folder: Path) -> None:
-        """Write the result; called with the averaged weights in place."""
+    def finish(self, folder: Path, figures: Mapping[str, float]) -> None:
+        """Write the result, from the averaged weights; `figures` are those of the last sheet."""
 
 
 class DivergedError(FewstepError):
@@ -60,7 +63,7 @@ class Average:
     def update(self, step: int) -> None:
         """Average after step number `step`; the decay grows towards its value as steps go by."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
+        torch._foreach_lerp_(shares(self.values), shares(self.parameters), 1 - decay)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -71,146 +74,152 @@ class Average:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
         for parameter, value in zip(self.parameters, self.values, strict=True):
-            held = parameter.data
-            parameter.data = value.data
-            value.data = held
-
-
-class Draws:
-    """The random numbers of one step of one run: they depend on (seed, step) alone."""
-
-    def __init__(self, seed: int, step: int, device: torch.device) -> None:
-        high, low = np.random.SeedSequence([seed, step]).generate_state(2, np.uint32)
-        self.generator = torch.Generator(device).manual_seed(int(high) << 32 | int(low))
-        self.device = device
-
-    def normal(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal numbers."""
-        return torch.randn(shape, generator=self.generator, device=self.device)
-
-    def integers(self, low: int, high: int, count: int) -> Tensor:
-        """`count` int64 numbers from `low` to `high` - 1."""
-        return torch.randint(low, high, (count,), generator=self.generator, device=self.device)
-
-    def times(self, count: int, steps: int, power: float = 1.0) -> Tensor:
-        """`count` times from 0 to `steps` - 1, of a density that grows as t^(power - 1)."""
-        if power == 1.0:
-            return self.integers(0, steps, count)
-        return (steps * self.uniform(0, 1, count) ** (1 / power)).long().clamp(max=steps - 1)
-
-    def uniform(self, low: float, high: float, count: int) -> Tensor:
-        """`count` numbers in [low, high)."""
-        return low + (high - low) * torch.rand(count, generator=self.generator, device=self.device)
+            held = (
+                parameter.detach().clone()
+            )  # values change places, not tensors: all may be shares
+            parameter.copy_(value)
+            value.copy_(held)
 
 
 def learning_rate(step: int, steps: int, settings: Optimizer) -> float:
-    """Linear warm-up, then a cosine down to `final_lr` times the peak at the last step."""
+    """Linear warm-up; then constant, or a cosine to `final_lr` times the peak at the last step."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
+    if settings.schedule == "constant":
+        return settings.lr
     done = (step - settings.warmup) / max(1, steps - settings.warmup)
     share = settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
     return settings.lr * share
 
 
-def precision_of(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """The autocast context of a recipe's precision."""
-    if recipe.run.precision == "fp32":
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of a run's precision
+
+
+def precision_of(run: Run, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """The autocast context of a run's precision."""
+    if run.precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, DTYPES[run.precision])
 
 
-def train_phase(phase: Phase, recipe: Recipe, folder: Path, device: torch.device) -> None:
-    """Train to the recipe's number of steps, going on from the checkpoint in `folder` if any."""
-    run = recipe.run
-    named = {
+def scaler_of(run: Run, device: torch.device) -> torch.amp.GradScaler:
+    """float16's loss scaling; does nothing at another precision."""
+    return torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
+
+
+def optimizer_of(settings: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, with moments of 32 or 8 bits. Raises RequestError where bitsandbytes is missing."""
+    options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    betas = (settings.betas[0], settings.betas[1])
+    if settings.kind == "adamw":
+        return torch.optim.AdamW(parameters, betas=betas, fused=True, **options)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise RequestError(
+            "optimizer.kind='adamw8bit' needs bitsandbytes; pip install bitsandbytes, or set "
+            "optimizer.kind=adamw"
+        ) from None
+    return bitsandbytes.optim.AdamW8bit(parameters, betas=betas, **options)
+
+
+def trainable(phase: Phase) -> dict[str, nn.Parameter]:
+    """The parameters that a phase trains, by name."""
+    return {
         f"{module}.{name}": parameter
         for module, network in phase.trained.items()
         for name, parameter in network.named_parameters()
+        if parameter.requires_grad
     }
+
+
+def check_finite(loss: float, done: int, folder: Path) -> None:
+    """Raises DivergedError for a loss that is not."""
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the loss is {loss} at step {done}; the last good checkpoint stays in {folder}; "
+            "lower optimizer.lr and start again"
+        )
+
+
+def train_phase(
+    phase: Phase, recipe: Recipe, folder: Path, device: torch.device, ranks: Ranks | None = None
+) -> None:
+    """Train to the recipe's number of steps, going on from the checkpoint in `folder` if any.
+
+    Raises StoppedError, after a checkpoint, if SIGTERM asks to end before.
+    """
+    run, ranks = recipe.run, ranks or Ranks()
+    ranks.check(run.batch, run.accumulate)
+    shard(phase, recipe, ranks, device)
+    named = trainable(phase)
     parameters = list(named.values())
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=recipe.optimizer.lr,
-        betas=recipe.optimizer.betas,
-        weight_decay=recipe.optimizer.weight_decay,
-        fused=True,
-    )
+    optimizer = optimizer_of(recipe.optimizer, parameters)
     average = Average(parameters, run.ema)
-    start = load_state(folder, named, optimizer, average.values, phase.kept)
-
-    log = LossLog(folder / "log.jsonl", start)
+    scaler = scaler_of(run, device)
+    kept_scaler = scaler if scaler.is_enabled() else None
+    state = State(named, optimizer, average.values, phase.kept, kept_scaler, ranks)
+    start = state.load(folder)
+    loss_of = together(phase, ranks)
     saved_at = time.monotonic()
-    bar = tqdm(
-        range(start, run.steps), initial=start, total=run.steps, desc=recipe.phase, unit="step"
-    )
-    for step in bar:
-        rate = learning_rate(step, run.steps, recipe.optimizer)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with precision_of(recipe, device):
-            loss = phase.loss(step)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, recipe.optimizer.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update(step)
-        phase.after_step()
 
-        log.add(loss.detach(), norm)
-        done = step + 1
-        if log.due(done):
-            figures = log.write(done, rate)
-            if not math.isfinite(figures["loss"]):
-                raise DivergedError(
-                    f"the loss is {figures['loss']} at step {done}; the last good checkpoint "
-                    f"stays in {folder}; lower optimizer.lr and start again"
-                )
-            bar.set_postfix(loss=f"{figures['loss']:.4f}", lr=f"{rate:.1e}")
-            if time.monotonic() - saved_at > 60 * run.checkpoint_minutes:
-                save_state(folder, done, named, optimizer, average.values, phase.kept)
-                saved_at = time.monotonic()
-        if run.sheet_steps and done % run.sheet_steps == 0:
-            with average.in_place(), torch.no_grad():
-                phase.sheet().save(folder / f"sheet-{done:06d}.png")
-    save_state(folder, run.steps, named, optimizer, average.values, phase.kept)
-    with average.in_place(), torch.no_grad():
-        if run.sheet_steps:
-            phase.sheet().save(folder / "sheet.png")
-        phase.finish(folder)
-
-
-class LossLog:
-    """Means of loss and gradient norm over some steps, one JSON line each, read without a sync."""
-
-    EVERY = 20
-
-    def __init__(self, path: Path, start: int) -> None:
-        self.path = path
-        self.began = time.monotonic()
-        self.losses: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= start]
-        path.write_text("".join(f"{line}\n" for line in kept))
-
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        self.losses.append(loss)
-        self.norms.append(norm)
-
-    def due(self, done: int) -> bool:
-        return done % self.EVERY == 0
-
-    def write(self, done: int, rate: float) -> dict[str, float]:
-        figures = {
-            "step": done,
-            "loss": torch.stack(self.losses).mean().item(),
-            "grad_norm": torch.stack(self.norms).mean().item(),
-            "lr": rate,
-            "seconds": time.monotonic() - self.began,
-        }
-        self.losses, self.norms = [], []
-        with self.path.open("a") as file:
-            file.write(json.dumps(figures) + "\n")
+    def show(name: str, done: int) -> dict[str, float]:
+        if not ranks.is_first and not state.is_sharded:  # shares need everyone to draw
+            return {}
+        with average.in_place(), torch.no_grad():
+            sheet, figures = phase.show()
+        if report is not None:
+            report.sheet(done, sheet, name, figures)
         return figures
+
+    recent: list[Tensor] = []  # losses since the last look at them
+    report_of = reporting(recipe, folder, start, device, ranks.is_first)
+    with stopping() as stopped, report_of as report:
+        for step in range(start, run.steps):
+            rate = learning_rate(step, run.steps, recipe.optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            losses: list[Tensor] = []
+            for part in ranks.parts(run.batch, run.accumulate):
+                with averaging(loss_of, last=len(losses) == run.accumulate - 1):
+                    with precision_of(run, device):
+                        loss = loss_of(step, part)
+                    scaler.scale(loss / run.accumulate).backward()
+                losses.append(loss.detach())
+            scaler.unscale_(optimizer)
+            norm = whole(nn.utils.clip_grad_norm_(parameters, recipe.optimizer.clip))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            average.update(step)
+            phase.after_step(step)
+
+            done = step + 1
+            recent.append(ranks.mean(torch.stack(losses).mean()))
+            if report is not None:
+                report.add(recent[-1], norm)
+            late = time.monotonic() - saved_at > 60 * run.checkpoint_minutes
+            stop, save = ranks.any(stopped(), late and ranks.is_first)
+            if stop or done % LossLog.EVERY == 0 or done == run.steps:
+                mean = torch.stack(recent).mean().item()
+                recent = []
+                check_finite(mean, done, folder)
+                if report is not None:
+                    report.write(done, rate)
+                if done < run.steps and (stop or save):
+                    state.save(folder, done)
+                    saved_at = time.monotonic()
+                if done < run.steps and stop:
+                    raise StoppedError(f"stopped by SIGTERM after step {done} of {run.steps}")
+            if run.sheet_steps and done % run.sheet_steps == 0 and done < run.steps:
+                show(f"sheet-{done:06d}.png", done)
+        state.save_whole(folder, run.steps)
+        figures = show("sheet.png", run.steps) if run.sheet_steps else {}
+        with average.in_place(), torch.no_grad():
+            gather(phase, keep=ranks.is_first)
+            if ranks.is_first:
+                phase.finish(folder, figures)
+    ranks.wait()

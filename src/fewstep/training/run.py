@@ -5,14 +5,20 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..checkpoints.config import replacing
+from .capacity import memory_explained
+from .checks import checks_of, foresee
 from .config import Recipe, load_recipe
 from .loop import Phase, train_phase
+from .ranks import Ranks, joined
+from .summary import announce, closing, say
 
 
 def train(
@@ -27,31 +33,44 @@ def train(
         recipe = load_recipe(recipe, overrides)
     if output is not None:
         recipe = replace(recipe, folder=str(output))
-    device = device_of(recipe.run.device)
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
-    folder = Path(recipe.folder) / recipe.phase
-    # On a CPU the fused attention's backward is slower than plain products at these sizes.
-    backends = [SDPBackend.MATH] if device.type == "cpu" else list(DEVICE_ATTENTION)
-    with sdpa_kernel(backends):
-        phase = make_phase(recipe, device)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2, default=dict))
-        train_phase(phase, recipe, folder, device)
-    return folder
+    with joined(device_of(recipe.run.device)) as (ranks, device):
+        for check in checks_of(recipe, device, ranks.count):
+            check()
+        if recipe.run.threads:
+            torch.set_num_threads(recipe.run.threads)
+        with sdpa_kernel(attention(recipe, device)), memory_explained(recipe, device):
+            seen = foresee(recipe, device, ranks.count) if ranks.is_first else None
+            phase = make_phase(recipe, device, ranks)
+            if ranks.is_first:
+                announce(recipe, phase, seen, device, ranks.count)
+                with replacing(recipe.output / "recipe.json") as path:
+                    path.write_text(json.dumps(asdict(recipe), indent=2, default=dict))
+            ranks.wait()
+            train_phase(phase, recipe, recipe.output, device, ranks)
+        if ranks.is_first:
+            for line in closing(recipe):
+                say(line)
+    return recipe.output
 
 
 PHASES = {  # imported one by one: each needs only its own libraries
     "autoencoder": ("autoencoder", "Autoencoder"),
     "text": ("text", "TextAlignment"),
     "teacher": ("teacher", "Teacher"),
-    "lcm": ("lcm", "Consistency"),
+    "consistency": ("consistency", "Consistency"),
+    "adapter": ("adapter", "Adapter"),
 }
-DEVICE_ATTENTION = (
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-)
+
+
+def attention(recipe: Recipe, device: torch.device) -> list[SDPBackend]:
+    """How attention may be computed.
+
+    For small pictures on a CPU the backward pass of the fused one is slower than plain products,
+    whose memory grows with the square of the pixels.
+    """
+    if device.type == "cpu" and recipe.size <= 128:
+        return [SDPBackend.MATH]
+    return [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def device_of(name: str) -> torch.device:
@@ -61,8 +80,12 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def make_phase(recipe: Recipe, device: torch.device) -> Phase:
+def make_phase(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> Phase:
     """The phase that a recipe names, with its networks on `device`."""
+    ranks = ranks or Ranks()
     module, name = PHASES[recipe.phase]
     phase = getattr(importlib.import_module(f".phases.{module}", __package__), name)
-    return phase(recipe, device)
+    # The others share the encoding of their data, and wait for each other by themselves.
+    alone = ranks.first_alone() if recipe.phase in ("text", "teacher") else nullcontext()
+    with alone:
+        return phase(recipe, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ...models.vae import AutoencoderKL
 from ..config import AutoencoderPhase, Recipe
-from ..loop import Draws
+from ..draws import Draws
 from ..objectives import reconstruction_loss
-from ..scenes import Scenes, normalised, sampler_of
+from ..scenes import DrawnScenes, normalised, sampler_of
 from .sheets import grid, to_pil
 
 HELD_OUT = 10**9  # scenes from this index on are never trained on
@@ -32,43 +32,48 @@ class Autoencoder:
         self.trained = {"vae": self.vae}
         self.kept: dict[str, torch.nn.Module] = {}
         self.batches: Iterator[tuple[Tensor, list[str]]] | None = None
+        self.drawn: tuple[int, Tensor] | None = None  # the last step's pictures
 
-    def loss(self, step: int) -> Tensor:
-        x = self.batch(step)
+    def loss(self, step: int, part: range) -> Tensor:
+        x = self.batch(step)[part.start : part.stop]
         posterior = self.vae.encode(x).latent_dist
-        noise = Draws(self.recipe.seed, step, self.device).normal(posterior.mean.shape)
+        draws = Draws(self.recipe.seed, step, part, self.device)
+        noise = draws.normal(posterior.mean.shape[1:])
         z = posterior.mean.float() + posterior.std.float() * noise
         kl = posterior.kl() / posterior.mean[0].numel()
         return reconstruction_loss(
             self.vae.decode(z).sample.float(), x, kl.float(), self.settings.kl_weight
         )
 
-    def after_step(self) -> None:
+    def after_step(self, step: int) -> None:
         pass
 
     def batch(self, step: int) -> Tensor:
         """The pictures of a step; steps are asked for in order, from any first one on."""
         recipe = self.recipe
+        if self.drawn is not None and self.drawn[0] == step:
+            return self.drawn[1]
         if self.batches is None:
             start, stop = (s * recipe.run.batch for s in (step, recipe.run.steps))
-            scenes = Scenes(self.sampler, start, stop, recipe.data.size)
-            self.batches = iter(scenes.batches(recipe.run.batch, recipe.data.workers))
+            scenes = DrawnScenes(self.sampler, start, stop, recipe.scenes.size)
+            self.batches = iter(scenes.batches(recipe.run.batch, recipe.scenes.workers))
         pixels, _ = next(self.batches)
-        return normalised(pixels, self.device)
+        self.drawn = step, normalised(pixels, self.device)
+        return self.drawn[1]
 
     def held_out(self, count: int) -> Tensor:
         """Pictures (count, 3, size, size) that are never trained on."""
-        size = self.recipe.data.size
-        scenes = Scenes(self.sampler, HELD_OUT, HELD_OUT + count, size)
+        size = self.recipe.scenes.size
+        scenes = DrawnScenes(self.sampler, HELD_OUT, HELD_OUT + count, size)
         pixels, _ = next(iter(scenes.batches(count, workers=0)))
         return normalised(pixels, self.device)
 
-    def sheet(self) -> Image.Image:
+    def show(self) -> tuple[Image.Image, dict[str, float]]:
         """Held-out scenes above, their reconstructions below."""
         x = self.held_out(16)
-        return grid([*to_pil(x), *to_pil(self.vae(x).sample)], columns=16)
+        return grid([*to_pil(x), *to_pil(self.vae(x).sample)], columns=16), {}
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, folder: Path, figures: Mapping[str, float]) -> None:
         """Write the VAE with the scaling factor that gives its latents unit standard deviation."""
         x = self.held_out(256)
         z = self.vae.encode(x).latent_dist.mode()

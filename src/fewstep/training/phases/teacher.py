@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from ...models.unet import UNet2DConditionModel
 from ...models.vae import AutoencoderKL
-from ...pipelines.catalog import LatentConsistencyModelPipeline, StableDiffusionPipeline
+from ...pipelines.catalog import StableDiffusionPipeline
 from ...schedulers import DDIMScheduler
 from ..config import Recipe, TeacherPhase
-from ..loop import Draws
+from ..draws import Draws
 from ..objectives import diffusion_loss
 from ..scenes import batch_indices, encoded_scenes, sampler_of, tokenize
 from .sheets import grid
@@ -45,15 +46,15 @@ class Teacher:
         self.trained = {"unet": self.unet, "text_encoder": self.text_encoder}
         self.kept: dict[str, nn.Module] = {}
 
-    def loss(self, step: int) -> Tensor:
+    def loss(self, step: int, part: range) -> Tensor:
         seed, batch = self.recipe.seed, self.recipe.run.batch
-        rows = batch_indices(step, batch, len(self.data), seed)
+        rows = batch_indices(step, batch, len(self.data), seed)[part.start : part.stop]
         z = torch.from_numpy(self.data.z[rows]).to(self.device).float()
         tokens = torch.from_numpy(self.data.tokens[rows]).long().to(self.device)
-        draws = Draws(seed, step, self.device)
-        noise = draws.normal(z.shape)
-        t = draws.times(batch, len(self.schedule), self.settings.time_power)
-        dropped = draws.uniform(0, 1, batch) < self.settings.empty_captions
+        draws = Draws(seed, step, part, self.device)
+        noise = draws.normal(z.shape[1:])
+        t = draws.times(len(self.schedule), self.settings.time_power)
+        dropped = draws.uniform() < self.settings.empty_captions
         tokens = torch.where(dropped[:, None], self.empty, tokens)
         text = self.text_encoder(tokens).last_hidden_state
 
@@ -62,12 +63,13 @@ class Teacher:
 
         return diffusion_loss(network, z, noise, t, self.schedule, self.settings.min_snr)
 
-    def after_step(self) -> None:
+    def after_step(self, step: int) -> None:
         pass
 
-    def sheet(self) -> Image.Image:
+    def show(self) -> tuple[Image.Image, dict[str, float]]:
         """DDIM at 20 steps, guidance 3, of one row of prompts."""
-        return sheet_of(self.pipeline(), self.recipe, num_inference_steps=20, guidance_scale=3.0)
+        request = {"num_inference_steps": 20, "guidance_scale": 3.0}
+        return sheet_of(self.pipeline(), self.recipe, **request), {}
 
     def pipeline(self) -> StableDiffusionPipeline:
         return StableDiffusionPipeline(
@@ -81,7 +83,7 @@ class Teacher:
             requires_safety_checker=False,
         )
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, folder: Path, figures: Mapping[str, float]) -> None:
         """Write the teacher as a pipeline folder, which any loader of diffusers' layout can use."""
         self.pipeline().save_pretrained(folder / "pipeline")
         (folder / "figures.json").write_text(json.dumps({"samples": self.samples()}) + "\n")
@@ -90,15 +92,13 @@ class Teacher:
         return self.recipe.run.steps * self.recipe.run.batch
 
 
-def sheet_of(
-    pipe: StableDiffusionPipeline | LatentConsistencyModelPipeline, recipe: Recipe, **request: Any
-) -> Image.Image:
+def sheet_of(pipe: StableDiffusionPipeline, recipe: Recipe, **request: Any) -> Image.Image:
     """One picture of each of some prompts that are spread over the recipe's concepts."""
     prompts = [prompt for _, prompt in sampler_of(recipe).concept_prompts()]
     prompts = prompts[:: max(1, len(prompts) // SHEET_PROMPTS)][:SHEET_PROMPTS]
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    size = recipe.data.size
+    size = recipe.scenes.size
     images, _ = pipe(
         prompts, height=size, width=size, generator=generators, return_dict=False, **request
     )

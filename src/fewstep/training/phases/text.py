@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ class TextAlignment:
 
         assert isinstance(recipe.settings, TextPhase)
         self.recipe, self.settings, self.device = recipe, recipe.settings, device
-        folder = Path(recipe.folder) / recipe.phase
+        folder = recipe.output
         sampler = sampler_of(recipe)
         concepts = [sampler.sprites.concepts[row] for row in sampler.rows]
         self.captions = list(caption_corpus(sampler, self.settings.captions))
@@ -58,10 +59,10 @@ class TextAlignment:
         self.kept: dict[str, nn.Module] = {}
         self.text_encoder.train()
 
-    def loss(self, step: int) -> Tensor:
+    def loss(self, step: int, part: range) -> Tensor:
         """One minus the cosine of head and sentence embedding, plus InfoNCE over the batch."""
         count, batch = len(self.captions), self.recipe.run.batch
-        rows = batch_indices(step, batch, count, self.recipe.seed)
+        rows = batch_indices(step, batch, count, self.recipe.seed)[part.start : part.stop]
         goal = torch.from_numpy(self.goals[rows]).float().to(self.device)
         mine = self.embed(self.tokens[rows]).float()
         cosine = 1 - (mine * goal).sum(1).mean()
@@ -74,10 +75,10 @@ class TextAlignment:
         ids = torch.from_numpy(tokens).long().to(self.device)
         return F.normalize(self.head(self.text_encoder(ids).pooler_output), dim=1)
 
-    def after_step(self) -> None:
+    def after_step(self, step: int) -> None:
         pass
 
-    def sheet(self) -> Image.Image:
+    def show(self) -> tuple[Image.Image, dict[str, float]]:
         """For some words that are no captions, the nearest captions."""
         queries = ["puppy", "something to cut paper", "race car", "a tropical drink", "kitten"]
         mine = self.embed(tokenize(self.tokenizer, queries)).float().cpu().numpy()
@@ -88,9 +89,9 @@ class TextAlignment:
             lines.append(f"{query}:  " + "  |  ".join(names[i] for i in np.argsort(-row)[:4]))
         sheet = Image.new("RGB", (1000, 20 * len(lines) + 10), "white")
         ImageDraw.Draw(sheet).multiline_text((8, 5), "\n".join(lines), fill="black", spacing=8)
-        return sheet
+        return sheet, {}
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, folder: Path, figures: Mapping[str, float]) -> None:
         """Write the text encoder beside the tokenizer; the head is thrown away."""
         cast(Any, self.text_encoder).save_pretrained(folder / TEXT_ENCODER)
 
