@@ -58,7 +58,8 @@ def main() -> None:
         raise SystemExit(__doc__)
     folder = Path(sys.argv[1]) if sys.argv[1:] else feature_folder()
     for name in SOURCES:
-        print(export(name, folder))
+        file = export(name, folder)
+        print(f"{file} (weights {load_feature_net(name, folder).origin}, as reports call them)")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Frozen ImageNet networks as judges: a picture -> 1280 numbers.
 
-No CLIP and no Inception weights come with any package, so scores are named after the network that
-made them ("KID-EffLite0"), never FID or CLIP. Two independent networks guard against a generator
-that pleases one of them by chance.
+The Inception network of FID comes with no package, so scores are named after the network that made
+them ("FID-EffLite0", "KID-EffLite0") and must not be compared with published FIDs; features that
+were made elsewhere are read by `stored`. Two independent networks guard against a generator that
+pleases one of them by chance.
 
 The architectures live in other packages and the weights in their files, which are pickles.
 `tools/export_feature_nets.py` rewrites these as safetensors once; only that form is read here.
@@ -24,6 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
 
 from fewstep.errors import CheckpointError, RequestError
+from fewstep.evaluation.fingerprints import fingerprint
 from fewstep.evaluation.pictures import check_pictures
 
 INPUT_SIZE = 224
@@ -84,8 +86,11 @@ def feature_folder() -> Path:
 class FeatureNet:
     """A frozen network: pictures uint8 [N, H, W, 3] of any size -> features float32 [N, 1280]."""
 
+    size = FEATURE_SIZE
+
     def __init__(self, spec: FeatureNetSpec, module: nn.Module, device: str | torch.device = "cpu"):
         self.label = spec.label
+        self.origin = fingerprint(module.state_dict())  # names the weights in reports
         self._pool = spec.pool
         module = fold_batch_norms(module.eval().requires_grad_(False))
         self._module = module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
