@@ -1,19 +1,20 @@
-"""A LoRA on the model, with a weight; and the model without it again."""
+"""A LoRA on the model, at two weights; and the model without it again."""
 
 import torch
 
 from fewstep import EMBEDDED, DiffusionPipeline
+from fewstep.utils import make_image_grid
 
 MODEL = EMBEDDED  # or "stabilityai/stable-diffusion-xl-base-1.0"
-LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+LORA = EMBEDDED.parent / "fewstep-emoji-blueprint"  # or a repository, or a .safetensors file
 
 pipe = DiffusionPipeline.from_pretrained(MODEL)
-outputs, inputs = pipe.unet.get_submodule(LAYER).weight.shape
-lora = {  # random; or a file: pipe.load_lora_weights("latent-consistency/lcm-lora-sdxl")
-    f"unet.{LAYER}.lora_A.weight": torch.randn(4, inputs),
-    f"unet.{LAYER}.lora_B.weight": torch.randn(outputs, 4),
-}
-pipe.load_lora_weights(lora, adapter_name="mine")
-pipe.set_adapters("mine", adapter_weights=0.5)
-pipe("a red apple", guidance_scale=4.0).images[0].save("lora.png")
+pipe.load_lora_weights(LORA, adapter_name="blueprint")
+pictures = []
+for weight in (0.0, 0.5, 1.0):
+    pipe.set_adapters("blueprint", adapter_weights=weight)
+    generator = torch.Generator().manual_seed(7)
+    result = pipe("a house", num_inference_steps=4, guidance_scale=4.0, generator=generator)
+    pictures += result.images
 pipe.unload_lora_weights()
+make_image_grid(pictures, rows=1, cols=3).save("lora.png")

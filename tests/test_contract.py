@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "utils": BASE | {"pipelines"},
     "loaders": {"pipelines"},
     "annotate": BASE,
-    "training": BELOW_PIPELINES | {"pipelines"},
+    "training": BELOW_PIPELINES | {"pipelines", "annotate", "fewstep"},
     "evaluation": BELOW_PIPELINES | {"pipelines", "training"},
     "cli": BELOW_PIPELINES
     | {"pipelines", "utils", "annotate", "training", "evaluation", "fewstep"},

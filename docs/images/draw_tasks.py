@@ -62,5 +62,12 @@ seen = PreviewCallback(lambda index, pictures: steps.append(pictures[0]))
 one(draw, "a rocket", callback_on_step_end=seen)
 strip("previews", steps)
 
+things = ("a house", "a red apple", "a rocket", "a car")
+plain = [one(draw, prompt) for prompt in things]
+draw.load_lora_weights(EMBEDDED.parent / "fewstep-emoji-blueprint")
+worn = [one(draw, prompt) for prompt in things]
+draw.unload_lora_weights()
+strip("lora", [picture for pair in zip(plain, worn, strict=True) for picture in pair])
+
 prompts = [f"a (lemon:{weight}) and a strawberry" for weight in (0, 0.5, 1, 2)]
 strip("weights", [one(draw, prompt, weighted_prompt=True) for prompt in prompts])
