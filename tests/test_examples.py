@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import fewstep
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
-STRIPS = {"previews": 4}  # pictures side by side
+STRIPS = {"previews": 4, "lora": 3, "t2i_adapter": 3}  # pictures side by side
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from fewstep import (
     EMBEDDED,
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
+    StableDiffusionAdapterPipeline,
+    T2IAdapter,
 )
+from fewstep.annotate import canny
 from fewstep.utils import PreviewCallback
 
 HERE = Path(__file__).parent
@@ -68,6 +71,20 @@ draw.load_lora_weights(EMBEDDED.parent / "fewstep-emoji-blueprint")
 worn = [one(draw, prompt) for prompt in things]
 draw.unload_lora_weights()
 strip("lora", [picture for pair in zip(plain, worn, strict=True) for picture in pair])
+
+adapter = T2IAdapter.from_pretrained(EMBEDDED.parent / "fewstep-emoji-edges")
+steered = StableDiffusionAdapterPipeline(
+    **draw.components, adapter=adapter, requires_safety_checker=False
+)
+steered.set_progress_bar_config(disable=True)
+shown: list[Image.Image] = []
+for prompt in ("a penguin", "a rocket", "a mushroom"):
+    free = one(draw, prompt)
+    sketch = Image.new("RGB", free.size, "white")
+    sketch.paste(ImageOps.mirror(free).resize((44, 44)), (16, 16))
+    edges = canny(sketch, 60, 120)
+    shown += [free, edges, one(steered, prompt, image=edges)]
+strip("adapter", shown)
 
 prompts = [f"a (lemon:{weight}) and a strawberry" for weight in (0, 0.5, 1, 2)]
 strip("weights", [one(draw, prompt, weighted_prompt=True) for prompt in prompts])
