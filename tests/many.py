@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fewstep.training.config import Optimizer, Recipe, Run, Scenes, TeacherPhase, parse_recipe
 from fewstep.training.draws import Draws
-from fewstep.training.loop import train_phase
+from fewstep.training.loop import Phase, train_phase
 from fewstep.training.ranks import joined
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def recipe(**run: Any) -> Recipe:
     )
 
 
-class Toy:
+class Toy(Phase):
     """Two networks that learn a fixed map together, and a moving average of one of them."""
 
     def __init__(self, made: Recipe, folder: Path, before: Callable[[int], None] | None) -> None:

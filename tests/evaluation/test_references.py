@@ -71,8 +71,8 @@ def test_a_transparent_picture_lies_on_white_and_a_turned_one_is_upright(tmp_pat
         ([{"file_name": "a.png", "text": " "}], "line 1: has no caption"),
         ([{"file_name": "c.png", "text": "x"}], r"file_name 'c.png' is no file"),
         ([{"text": "x"}], "file_name None is no file"),
-        ([3], "line 1: is no JSON object"),
-        ([], r"holds no pictures \(.png"),
+        ([3], "line 1 holds a int, not an object; correct it"),
+        ([], r"holds no pictures \(\.avif"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused(
@@ -93,7 +93,11 @@ def test_a_missing_caption_and_a_corrupt_picture_are_named(tmp_path: Path) -> No
     with pytest.raises(RequestError, match=r"b\.png: cannot be read as a picture"):
         _ = References.read(tmp_path).hash
     (tmp_path / "metadata.jsonl").write_text("{")
-    with pytest.raises(RequestError, match="line 1: is no JSON"):
+    with pytest.raises(RequestError, match=r"reference .* line 1 is not valid JSON"):
+        References.read(tmp_path)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(RequestError, match=r"reference .*b\.txt is not UTF-8"):
         References.read(tmp_path)
     with pytest.raises(RequestError, match="is no folder"):
         References.read(tmp_path / "none")

@@ -12,8 +12,8 @@ from tiny_runs import (
 )
 
 from fewstep.training.card import card
+from fewstep.training.checks import check_settings
 from fewstep.training.config import load_recipe, recipe_names
-from fewstep.training.phases.consistency import check_settings
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,10 @@ from fewstep.training.phases.consistency import check_settings
             ["EMBEDDED, LCMScheduler", "from_pretrained(EMBEDDED)"],
         ),
         ({"base": "embedded-teacher", "lora": LORA}, ["pipe = embedded_teacher()"]),
-        ({"base": "{folder}/teacher/pipeline"}, ["`runs/tiny/teacher/pipeline`"]),
+        (
+            {"base": "{folder}/teacher/pipeline", "vae": "{folder}/vae"},
+            ["`runs/tiny/teacher/pipeline`", "autoencoder `runs/tiny/vae`"],
+        ),
     ],
 )
 def test_cards_say_what_was_done(settings: dict[str, Any], words: list[str]) -> None:
@@ -44,6 +47,14 @@ def test_cards_say_what_was_done(settings: dict[str, Any], words: list[str]) -> 
     for word in (*words, "7 steps of 4 samples", "# tiny", "guidance_scale="):
         assert word in text
     compile(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], "card", "exec")
+
+
+def test_the_card_of_a_style_speaks_of_no_consistency_model_and_draws_in_the_sheets_steps() -> None:
+    sheet = {"prompts": ["a cat"], "steps": [10, 25]}
+    style = {"method": "denoising", "lora": LORA, "target": "stopgrad", "guidance_dim": 0}
+    text = card(recipe("a/b", sheet=sheet, **style), name="my-model", embedded=False)
+    assert "num_inference_steps=25" in text and "tags: [text-to-image, lora]" in text
+    assert not any(word in text for word in ("grid of", "distance", "target"))
 
 
 def test_a_card_names_licence_base_and_counts() -> None:

@@ -10,16 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from original_layout import whole
+from safetensors.torch import save_file
 
 from fewstep import DDIMScheduler, DiffusionPipeline
+from fewstep.checkpoints.known import FAMILIES
+from fewstep.checkpoints.locate import Source
 from fewstep.errors import RequestError
+from fewstep.pipelines.single_file import read_family
 from fewstep.training import train
 from fewstep.training.batch import Batch, Condition
 from fewstep.training.config import ConsistencyPhase, Recipe, parse_recipe
 from fewstep.training.data import Counts
 from fewstep.training.draws import Draws
 from fewstep.training.lora_layers import adapters, adapters_off, attach
-from fewstep.training.networks import check_prediction_type, student_of
+from fewstep.training.networks import check_prediction_type, load_base, student_of
 from fewstep.training.phases import consistency
 from fewstep.training.phases.consistency import Consistency
 
@@ -112,6 +117,19 @@ def test_every_method_trains_and_its_result_draws(
         pipe = DiffusionPipeline.from_pretrained(folder / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a cat", num_inference_steps=2, guidance_scale=1.0).images[0].size == (64, 64)
+
+
+def test_a_base_may_be_a_single_file_in_half_precision(
+    sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "tiny", read_family(Source(str(sd_folder))))
+    tensors = whole(DiffusionPipeline.from_pretrained(sd_folder))
+    file = tmp_path / "base.safetensors"
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, file)
+    pipe = load_base(recipe(file, tmp_path).from_base, "")
+    assert {p.dtype for part in pipe.modules for p in part.parameters()} == {torch.float32}
+    with pytest.raises(RequestError, match="variant='fp16' cannot go with"):
+        train(recipe(file, tmp_path, variant="fp16"))
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora": LORA}])

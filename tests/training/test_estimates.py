@@ -331,4 +331,4 @@ def test_small_networks_are_trained_without_an_estimate_and_large_ones_with_one(
     assert checks.foresee(made, CPU, 1) is None
     monkeypatch.setattr(checks, "SMALL", 0)
     seen = checks.foresee(made, CPU, 1)
-    assert seen is not None and seen[1].trained > 0
+    assert seen is not None and seen.trained > 0

@@ -23,7 +23,7 @@ from fewstep.training.draws import Draws
 from fewstep.training.interruption import StoppedError
 
 
-class Regression:
+class Regression(loop.Phase):
     """Learns a fixed linear map; `stop_at` stands for a kill before that step."""
 
     def __init__(

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from fewstep import LatentConsistencyModelPipeline, StableDiffusionPipeline
-from fewstep.errors import RequestError
+from fewstep.errors import CheckpointError, RequestError
 from fewstep.training import load_recipe, train
 from fewstep.training.package import package_model
 from fewstep.training.phases.text import sentence_embeddings
-from fewstep.training.scenes import batch_indices
 
 SPRITES = Path(__file__).parents[1] / "data" / "emoji"
 COMMON = [
@@ -163,19 +162,16 @@ def test_other_captions_get_their_own_sentence_embeddings(sentence_encoder, tmp_
     )
 
 
+def test_a_sentence_encoder_without_safetensors_is_refused(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors in"):
+        sentence_embeddings(["a red apple"], str(tmp_path), tmp_path)
+
+
 def test_missing_sprites_name_the_command(tmp_path):
     recipe = load_recipe("emoji64_1_autoencoder", ["data.sprites=nowhere"])
     with pytest.raises(RequestError, match="fewstep data emoji --output nowhere"):
         train(recipe, output=tmp_path)
-
-
-def test_batches_take_each_sample_once_an_epoch_in_a_new_order():
-    first, second = (
-        np.concatenate([batch_indices(step, 4, 12, seed=1) for step in steps])
-        for steps in (range(3), range(3, 6))
-    )
-    assert sorted(first) == sorted(second) == list(range(12))
-    assert first.tolist() != second.tolist()
 
 
 def test_a_finished_run_is_packaged_with_card_and_notices(trained, tmp_path):

@@ -87,6 +87,15 @@ def test_a_line_holds_means_rate_and_memory(tmp_path: Path) -> None:
     assert line["samples_per_second"] > 0 and line["memory_gib"] > 0
 
 
+def test_a_step_that_the_scaling_passes_over_leaves_the_line_valid_json(tmp_path: Path) -> None:
+    told = report(tmp_path)
+    for norm in (float("inf"), 1.0, 3.0):
+        told.add(torch.tensor(1.0), torch.tensor(norm))
+    assert told.write(3, 1e-3)["grad_norm"] == 2.0
+    told.close()
+    assert "Infinity" not in (tmp_path / "log.jsonl").read_text()
+
+
 def test_a_resumed_report_repeats_no_step_and_passes_over_a_line_that_a_kill_cut_off(
     tmp_path: Path, remembering: list[Remembering]
 ) -> None:

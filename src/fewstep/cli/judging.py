@@ -158,7 +158,7 @@ def by_reference(plan: Plan) -> None:
         ranks=ranks,
         advance=bar.update,
     )
-    bar.reset((len(references) + len(benchmark.prompts) * len(listed)) // ranks.world)
+    bar.reset((len(references) + len(benchmark.prompts) * len(listed)) // ranks.count)
     with bar:
         rows = [benchmark.reference_row(), *(benchmark.row(method) for method in listed)]
     if ranks.is_first:
@@ -205,7 +205,7 @@ def tell(found: Report, folder: Path, pictures: dict[str, Any]) -> None:
 
 def device_of(name: str, ranks: Ranks) -> str:
     """The device of this rank: of several GPUs its own."""
-    if name != "auto" or ranks.world == 1:
+    if name != "auto" or ranks.count == 1:
         return str(drawing.resolve_device(name))
     kind = drawing.resolve_device("auto").type
     return f"cuda:{ranks.local}" if kind == "cuda" else kind

@@ -202,7 +202,7 @@ class PictureBenchmark:
             **self.judges.settings,
             "KID": f"{KID_SUBSETS} subsets of {self.subset}, ± their standard deviation",
             "seconds": f"median over batches of {self.batch}",
-            "processes": self.ranks.world,
+            "processes": self.ranks.count,
         }
         if self.judges.nets:
             notes["FID"] = "by these networks, not Inception's: compare at equal numbers only"

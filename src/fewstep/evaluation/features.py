@@ -11,7 +11,6 @@ The architectures live in other packages and the weights in their files, which a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from fewstep.errors import CheckpointError, RequestError
 from fewstep.evaluation.fingerprints import fingerprint
 from fewstep.evaluation.pictures import check_pictures
+from fewstep.training.environment import home
 
 INPUT_SIZE = 224
 RESIZE = "bicubic, antialiased, clamped to [0, 255] (torch.nn.functional.interpolate)"
@@ -79,8 +79,7 @@ FEATURE_NETS = {
 
 def feature_folder() -> Path:
     """Where exported networks lie: `features` under $FEWSTEP_CACHE or ~/.cache/fewstep."""
-    cache = os.environ.get("FEWSTEP_CACHE")
-    return (Path(cache) if cache else Path.home() / ".cache" / "fewstep") / "features"
+    return home() / "features"
 
 
 class FeatureNet:

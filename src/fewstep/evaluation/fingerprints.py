@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.training.data.sources import digest_of
+
 DIGITS = 12
 
 
@@ -28,5 +30,4 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 def settings_key(**settings: Any) -> str:
     """12 digits of the sha256 of settings that JSON can hold."""
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
+    return digest_of(settings)[:DIGITS]

@@ -6,10 +6,9 @@ layout of the hub's image folders), or in `NAME.txt` beside `NAME.png`.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +18,12 @@ from PIL import Image, ImageOps
 
 from fewstep.errors import RequestError
 from fewstep.evaluation.fingerprints import DIGITS
+from fewstep.training.data.folder import METADATA, SUFFIXES, entries
+from fewstep.training.data.pictures import upright
+from fewstep.training.data.sources import decoded
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 RESIZE = "PIL LANCZOS after a centre crop to the shape"
-_TABLES = ("metadata.jsonl", "metadata.csv")
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,15 @@ class References:
         folder = Path(folder)
         if not folder.is_dir():
             raise RequestError(f"reference {folder}: is no folder; give one of captioned pictures")
-        table = next((folder / name for name in _TABLES if (folder / name).is_file()), None)
-        found = _beside(folder) if table is None else _listed(folder, table)
+        table = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+        try:
+            found = _beside(folder) if table is None else _listed(folder, table)
+        except RequestError as error:
+            raise RequestError(f"reference {error}") from error
         if not found:
-            raise RequestError(f"reference {folder}: holds no pictures ({', '.join(SUFFIXES)})")
+            raise RequestError(
+                f"reference {folder}: holds no pictures ({', '.join(sorted(SUFFIXES))})"
+            )
         names = tuple(sorted(found))
         return cls(folder, names, tuple(found[name] for name in names))
 
@@ -72,13 +77,9 @@ class References:
     def _opened(self, name: str) -> Image.Image:
         """Upright, in RGB, on white where it is transparent."""
         try:
-            with Image.open(self.folder / name) as file:
-                picture = ImageOps.exif_transpose(file)
-                if not picture.has_transparency_data:
-                    return picture.convert("RGB")
-                white = Image.new("RGBA", picture.size, "white")
-                return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            with Image.open(self.folder / name) as picture:
+                return upright(picture)
+        except Exception as error:  # decoders raise what they like at broken files
             raise RequestError(
                 f"reference {self.folder / name}: cannot be read as a picture ({error}); "
                 "mend it, or remove it with its caption"
@@ -94,21 +95,21 @@ def _beside(folder: Path) -> dict[str, str]:
         text = file.with_suffix(".txt")
         if not text.is_file():
             raise RequestError(
-                f"reference {file}: has no caption; write {text.name} beside it, or metadata.jsonl "
+                f"{file}: has no caption; write {text.name} beside it, or metadata.jsonl "
                 'with a line {"file_name": ..., "text": ...} for each picture'
             )
-        found[file.relative_to(folder).as_posix()] = _caption(text, text.read_text("utf-8"))
+        caption = decoded(text.read_bytes(), str(text))
+        found[file.relative_to(folder).as_posix()] = _caption(text, caption)
     return found
 
 
 def _listed(folder: Path, table: Path) -> dict[str, str]:
     """name -> caption of the pictures that a table lists; pictures that it leaves out are not."""
     found = {}
-    for number, entry in _entries(table):
-        where = f"{table}, line {number}"
+    for where, entry in entries(table):
         name = entry.get("file_name")
         if not isinstance(name, str) or not (folder / name).is_file():
-            raise RequestError(f"reference {where}: file_name {name!r} is no file in {folder}")
+            raise RequestError(f"{where}: file_name {name!r} is no file in {folder}; correct it")
         caption = next((entry[key] for key in CAPTION_COLUMNS if entry.get(key)), None)
         found[name] = _caption(where, caption)
     return found
@@ -116,28 +117,5 @@ def _listed(folder: Path, table: Path) -> dict[str, str]:
 
 def _caption(where: object, text: object) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise RequestError(
-            f"reference {where}: has no caption; give one ({', '.join(CAPTION_COLUMNS)})"
-        )
+        raise RequestError(f"{where}: has no caption; give one ({', '.join(CAPTION_COLUMNS)})")
     return " ".join(text.split())
-
-
-def _entries(table: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """(line number, columns) of a table of JSON lines or of comma-separated values."""
-    with table.open(encoding="utf-8", newline="") as lines:
-        if table.suffix == ".csv":
-            yield from enumerate(csv.DictReader(lines), start=2)
-            return
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, _object(line, f"{table}, line {number}")
-
-
-def _object(line: str, where: str) -> Mapping[str, object]:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise RequestError(f"reference {where}: is no JSON ({error})") from error
-    if not isinstance(entry, dict):
-        raise RequestError(f"reference {where}: is no JSON object; write {{...}}")
-    return entry

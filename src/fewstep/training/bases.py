@@ -47,6 +47,16 @@ class Base:
         """Whether the network reads a pooled text and sizes."""
         return self.configs["unet"].get("addition_embed_type") == "text_time"
 
+    @property
+    def levels(self) -> int:
+        """The resolutions of the autoencoder."""
+        return len(self.configs.get("vae", {}).get("block_out_channels", (1,) * 4))
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of a latent."""
+        return 2 ** (self.levels - 1)
+
 
 def base_of(settings: ConsistencyPhase, folder: str) -> Base:
     """The base of a recipe: what is on this machine, or the known configs of a name on the hub.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import ConsistencyPhase, Recipe
+from .config import EMBEDDED_TEACHER, ConsistencyPhase, Recipe, placed
 
 # Licences of bases, as their pages give them. What is made from a base is bound by its licence.
 LICENCES = {
@@ -16,6 +16,7 @@ LICENCES = {
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
 }
+PROMPT = "a lighthouse at dusk"  # where a recipe has none
 CARD = """\
 ---
 {header}
@@ -91,7 +92,8 @@ def card(
 def header(recipe: Recipe) -> str:
     """What the hub reads: licence, base, library, tags."""
     settings = settings_of(recipe)
-    tags = ["latent-consistency-model", "text-to-image", *(["lora"] if settings.lora else [])]
+    kind = ["latent-consistency-model"] if settings.method != "denoising" else []
+    tags = [*kind, "text-to-image", *(["lora"] if settings.lora else [])]
     lines = ["library_name: diffusers", "pipeline_tag: text-to-image", f"tags: [{', '.join(tags)}]"]
     if start(recipe) in LICENCES:
         lines.append(f"license: {LICENCES[start(recipe)]}")
@@ -100,15 +102,10 @@ def header(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def placed(place: str, recipe: Recipe) -> str:
-    """A place that the settings name, in which "{folder}" stands for the recipe's folder."""
-    return place.replace("{folder}", recipe.folder)
-
-
 def start(recipe: Recipe) -> str:
     """What the network was before training."""
     settings = settings_of(recipe)
-    return placed(settings.unet or settings.base, recipe)
+    return placed(settings.unet or settings.base, recipe.folder)
 
 
 METHODS = {
@@ -175,17 +172,22 @@ def sampler(settings: ConsistencyPhase) -> tuple[str, dict[str, Any]]:
     return ("LCMScheduler" if settings.endpoint == "zero" else "TCDScheduler"), own
 
 
+def steps_of(settings: ConsistencyPhase) -> int:
+    """How many steps a sample takes."""
+    if settings.method == "denoising":
+        return max(settings.sheet.steps, default=settings.sheet.teacher_steps)
+    return settings.phases if settings.endpoint == "phases" else 4
+
+
 def sample(recipe: Recipe, name: str, embedded: bool) -> str:
     """A script that draws with it."""
     settings = settings_of(recipe)
     scale = settings.sheet.guidance_scale
     if embedded:
         scale = min(max(scale, settings.w_min + 1), settings.w_max + 1)
-    steps = settings.phases if settings.endpoint == "phases" else 4
-    prompt = settings.sheet.prompts[0] if settings.sheet.prompts else "a lighthouse at dusk"
-    call = (
-        f"image = pipe({prompt!r}, num_inference_steps={steps}, guidance_scale={scale:g}).images[0]"
-    )
+    prompt = settings.sheet.prompts[0] if settings.sheet.prompts else PROMPT
+    given = f"{prompt!r}, num_inference_steps={steps_of(settings)}, guidance_scale={scale:g}"
+    call = f"image = pipe({given}).images[0]"
     lines = lora_sample(recipe, name) if settings.lora else full_sample(name)
     return "\n".join([*lines, call, 'image.save("picture.png")'])
 
@@ -217,16 +219,17 @@ def lora_sample(recipe: Recipe, name: str) -> Sequence[str]:
 def base_sample(recipe: Recipe) -> tuple[list[str], list[str]]:
     """(what to import, the lines that make `pipe`) of a LoRA's base."""
     settings = settings_of(recipe)
-    if settings.base == "embedded-teacher":
+    if settings.base == EMBEDDED_TEACHER:
         line = "from fewstep.pipelines.embedded import embedded_teacher"
         return [], [line, "", "pipe = embedded_teacher()"]
-    place = "EMBEDDED" if settings.base == "embedded" else repr(placed(settings.base, recipe))
+    at = placed(settings.base, recipe.folder)
+    place = "EMBEDDED" if at == "embedded" else repr(at)
     load = "from_single_file" if settings.base.endswith(".safetensors") else "from_pretrained"
     imports = ["DiffusionPipeline", *(["EMBEDDED"] if place == "EMBEDDED" else [])]
     if not settings.unet:
         return imports, [f"pipe = DiffusionPipeline.{load}({place})"]
     return [*imports, "UNet2DConditionModel"], [
-        f"unet = UNet2DConditionModel.from_pretrained({placed(settings.unet, recipe)!r})",
+        f"unet = UNet2DConditionModel.from_pretrained({placed(settings.unet, recipe.folder)!r})",
         f"pipe = DiffusionPipeline.{load}({place}, unet=unet)",
     ]
 
@@ -234,11 +237,11 @@ def base_sample(recipe: Recipe) -> tuple[list[str], list[str]]:
 def base(recipe: Recipe) -> str:
     """The models that it was made from."""
     settings = settings_of(recipe)
-    parts = [f"`{placed(settings.base, recipe)}`"]
+    parts = [f"`{placed(settings.base, recipe.folder)}`"]
     if settings.unet:
-        parts.append(f"with the UNet of `{placed(settings.unet, recipe)}`")
+        parts.append(f"with the UNet of `{placed(settings.unet, recipe.folder)}`")
     if settings.vae:
-        parts.append(f"with the autoencoder `{settings.vae}`")
+        parts.append(f"with the autoencoder `{placed(settings.vae, recipe.folder)}`")
     return " ".join(parts) + "."
 
 
@@ -247,13 +250,14 @@ def training(recipe: Recipe, steps: int) -> str:
     settings, run = settings_of(recipe), recipe.run
     solver = f"the solver {settings.solver}, {'' if settings.solver_guidance else 'un'}guided"
     average = f"averaged with decay {settings.target_decay:g}"
-    sentences = [
-        f"{steps:,} steps of {run.batch} samples, learning rate {recipe.optimizer.lr:g}",
-        f"a grid of {settings.grid_steps} times",
-        *([solver] if settings.method == "distillation" else []),
-        f"target {average if settings.target == 'ema' else 'stop-gradient'}",
-        f"distance {settings.distance}",
-    ]
+    sentences = [f"{steps:,} steps of {run.batch} samples, learning rate {recipe.optimizer.lr:g}"]
+    if settings.method != "denoising":
+        sentences += [
+            f"a grid of {settings.grid_steps} times",
+            *([solver] if settings.method == "distillation" else []),
+            f"target {average if settings.target == 'ema' else 'stop-gradient'}",
+            f"distance {settings.distance}",
+        ]
     if settings.lora:
         sentences.append(f"rank {settings.lora.rank}, alpha {settings.lora.alpha:g}")
     return "; ".join(sentences) + ". Weights averaged over the steps are published."

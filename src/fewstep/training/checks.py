@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..errors import RequestError
-from .bases import Base, base_of, check_family
+from .. import schedulers
+from ..errors import FewstepError, RequestError
+from .bases import base_of, check_family
 from .capacity import check_memory
-from .config import ConsistencyPhase, Optimizer, Recipe
+from .card import sampler
+from .config import EMBEDDED_TEACHER, ConsistencyPhase, FromBase, Optimizer, Recipe
 from .estimates import Estimate, estimate, size_of, unet_of
 from .export import require_token
 from .parallel import check_shard
@@ -28,14 +33,65 @@ def checks_of(recipe: Recipe, device: torch.device, devices: int) -> list[Callab
         lambda: check_shard(recipe),
         lambda: check_trackers(run.trackers),
         lambda: check_optimizer(recipe.optimizer, device),
+        lambda: check_writable(recipe.output),
     ]
+    if isinstance(settings, FromBase):
+        checks.append(lambda: check_parts(settings))
+        if run.sheet_steps:
+            checks.append(lambda: check_sheet(recipe))
     if isinstance(settings, ConsistencyPhase):
-        from .phases.consistency import check_settings
-
         checks.append(lambda: check_settings(settings))
         if settings.output.push_to:
             checks.append(lambda: require_token(settings.output.push_to))
     return checks
+
+
+def check_writable(folder: Path) -> None:
+    """Raises RequestError if a run's folder cannot be made or written."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RequestError(
+            f"folder={str(folder)!r} cannot be written: {there} is "
+            f"{'write-protected' if there.is_dir() else 'a file'}; give another with --output"
+        )
+
+
+def check_parts(settings: FromBase) -> None:
+    """Raises RequestError for parts or versions that a base does not have."""
+    lacks: tuple[str, ...] = ()
+    if settings.base == EMBEDDED_TEACHER:  # it comes as it is
+        lacks = ("unet", "vae", "variant", "revision")
+    elif settings.base.endswith(".safetensors"):
+        lacks = ("variant",)
+    for name in lacks:
+        if value := getattr(settings, name):
+            raise RequestError(
+                f"{name}={value!r} cannot go with base={settings.base!r}; leave it out, or give "
+                "another base"
+            )
+
+
+def check_sheet(recipe: Recipe) -> None:
+    """Raises RequestError for a sheet that could not be drawn: it is due after many steps."""
+    settings, where = recipe.settings, recipe.phase
+    assert isinstance(settings, FromBase)
+    if not settings.sheet.prompts:
+        raise RequestError(f"{where}.sheet.prompts is empty; give some, or set run.sheet_steps=0")
+    takes: list[tuple[str, int, str, dict[str, Any]]] = [
+        ("teacher_steps", settings.sheet.teacher_steps, "DDIMScheduler", {})
+    ]
+    if isinstance(settings, ConsistencyPhase):
+        takes += [("steps", steps, *sampler(settings)) for steps in settings.sheet.steps]
+    elif not recipe.data.held_out:
+        raise RequestError(
+            "data.held_out=0, but the sheets show held-out pictures; set data.held_out=16, or "
+            "run.sheet_steps=0"
+        )
+    for name, steps, scheduler, config in takes:
+        try:
+            getattr(schedulers, scheduler)(**config).plan(steps)
+        except FewstepError as error:
+            raise RequestError(f"{where}.sheet.{name}: {error}") from error
 
 
 def check_optimizer(optimizer: Optimizer, device: torch.device) -> None:
@@ -54,8 +110,73 @@ def check_optimizer(optimizer: Optimizer, device: torch.device) -> None:
         )
 
 
-def foresee(recipe: Recipe, device: torch.device, devices: int) -> tuple[Base, Estimate] | None:
-    """The base and the estimate of a run of the consistency phase.
+def check_settings(settings: ConsistencyPhase) -> None:
+    """Raises RequestError for settings that contradict each other."""
+    coarsest = settings.first_grid_steps or settings.grid_steps
+    lora = settings.lora
+    wrong: list[tuple[bool, str]] = [
+        (
+            lora is not None and (lora.rank < 1 or not lora.targets),
+            f"consistency.lora: rank={lora and lora.rank} must be at least 1, and targets must "
+            "name a layer",
+        ),
+        (
+            lora is not None and settings.target == "ema",
+            "consistency.target='ema' would keep a second network beside the LoRA's one; "
+            "set consistency.target=stopgrad",
+        ),
+        (
+            lora is not None and settings.guidance_dim > 0,
+            f"consistency.guidance_dim={settings.guidance_dim}: a LoRA adds no guidance input; "
+            "set consistency.guidance_dim=0",
+        ),
+        (
+            settings.w_min > settings.w_max,
+            f"consistency.w_min={settings.w_min} must not be above w_max={settings.w_max}",
+        ),
+        (
+            settings.method == "fine_tuning"
+            and (not settings.solver_guidance or settings.solver != "ddim"),
+            f"consistency.solver={settings.solver!r}, solver_guidance={settings.solver_guidance}: "
+            "fine-tuning has no teacher and no solver; leave them out",
+        ),
+        (
+            settings.method == "denoising"
+            and (settings.endpoint, settings.target, settings.guidance_dim)
+            != ("zero", "stopgrad", 0),
+            "consistency.method='denoising' leads to no endpoint, has no target and no guidance "
+            "input; set consistency.endpoint=zero, target=stopgrad, guidance_dim=0",
+        ),
+        (
+            settings.endpoint == "phases" and not 1 <= settings.phases <= coarsest,
+            f"consistency.phases={settings.phases} must lie in [1, {coarsest}], the steps of the "
+            "coarsest grid",
+        ),
+        (
+            not 1 <= settings.grid_steps <= 1000,
+            f"consistency.grid_steps={settings.grid_steps} must lie in [1, 1000]",
+        ),
+        (
+            not 0 <= settings.first_grid_steps <= settings.grid_steps,
+            f"consistency.first_grid_steps={settings.first_grid_steps} must lie in "
+            f"[0, {settings.grid_steps}] (grid_steps): the grid becomes finer, not coarser",
+        ),
+        (
+            not 0 <= settings.target_decay < 1,
+            f"consistency.target_decay={settings.target_decay} must lie in [0, 1)",
+        ),
+        (
+            settings.distance_c <= 0,
+            f"consistency.distance_c={settings.distance_c} must be above 0",
+        ),
+    ]
+    for is_wrong, message in wrong:
+        if is_wrong:
+            raise RequestError(message)
+
+
+def foresee(recipe: Recipe, device: torch.device, devices: int) -> Estimate | None:
+    """The estimate of a run of the consistency phase.
 
     None of any other phase, and of networks that are so small that an estimate, which takes some
     seconds, is not worth it. Raises RequestError if base, networks and device do not go together.
@@ -68,4 +189,4 @@ def foresee(recipe: Recipe, device: torch.device, devices: int) -> tuple[Base, E
         return None
     made = estimate(recipe, base, device.type, devices)
     check_memory(recipe, made, device)
-    return base, made
+    return made

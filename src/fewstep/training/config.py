@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 from .. import EMBEDDED
 from ..errors import RequestError
+from .limits import check_numbers, refuse_unread
 from .schema import parse, place, read_table, toml_value
 
 RECIPES = Path(__file__).parent / "recipes"
 EMBEDDED_TEACHER = "embedded-teacher"
+OWN_BASES = ("embedded", EMBEDDED_TEACHER)
 
 # ── what is learned from ──
 
@@ -76,11 +78,11 @@ class Optimizer:
     lr: float
     kind: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bit: with bitsandbytes, on CUDA
     schedule: Literal["cosine", "constant"] = "cosine"
-    betas: tuple[float, ...] = (0.9, 0.99)
+    betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     warmup: int = 200  # steps
     final_lr: float = 0.02  # share of lr
-    clip: float = 1.0  # largest norm of the gradient
+    clip: float = 1.0  # largest norm of the gradient; inf: any
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ class AdapterPhase(FromBase):
     """A T2I-Adapter (Mou et al. 2023) that steers a frozen model by the edges of a picture."""
 
     model: Mapping[str, Any] = field(default_factory=dict)  # config of the T2IAdapter
-    thresholds: tuple[float, ...] = (100.0, 200.0)  # of Canny's edges
+    thresholds: tuple[float, float] = (100.0, 200.0)  # of Canny's edges
     time_power: float = 3.0  # structure is decided at high noise, as of the teacher's phase
 
 
@@ -236,7 +238,8 @@ PHASES: dict[str, type] = {
     "consistency": ConsistencyPhase,
     "adapter": AdapterPhase,
 }
-ENCODED = ("consistency", "adapter")  # the phases that work on encoded data
+# The phases that work on encoded data.
+ENCODED = tuple(name for name, kind in PHASES.items() if issubclass(kind, FromBase))
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,15 @@ class Recipe:
         return self.data.size if isinstance(self.data, Scenes) else self.data.resolution
 
     @property
+    def from_base(self) -> FromBase:
+        """The settings of a phase that works on encoded data."""
+        if not isinstance(self.settings, FromBase):
+            raise RequestError(
+                f"phase={self.phase!r} encodes nothing beforehand; only {' and '.join(ENCODED)} do"
+            )
+        return self.settings
+
+    @property
     def scenes(self) -> Scenes:
         """The data as scenes, which the phases of the embedded model compose themselves."""
         if not isinstance(self.data, Scenes):
@@ -273,22 +285,14 @@ class Recipe:
         return self.data
 
 
-def refuse_unread(data: Scenes | Pictures, phase: str, source: str) -> None:
-    """Raises RequestError for entries that only phases on encoded data read."""
-    usual = Scenes("")
-    for name in ("duotone", "empty_captions", "held_out", "cache"):
-        if getattr(data, name, None) not in (None, getattr(usual, name)):
-            raise RequestError(
-                f"{source}: data.{name} is not read by the phase {phase!r}, but by "
-                f"{' and '.join(ENCODED)}; leave it out"
-            )
+def placed(name: str, folder: str) -> str:
+    """What a recipe calls a place, with its folder put in."""
+    return name.replace("{folder}", folder)
 
 
 def place_of(name: str, folder: str) -> str:
     """The place that `base`, `unet` or `vae` of a recipe names; see `FromBase`."""
-    if name in ("embedded", EMBEDDED_TEACHER):
-        return str(EMBEDDED)
-    return name.replace("{folder}", folder)
+    return str(EMBEDDED) if name in OWN_BASES else placed(name, folder)
 
 
 def recipe_names() -> list[str]:
@@ -332,6 +336,7 @@ def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:
     if kind not in DATA:
         raise RequestError(f"{source}: data.source must be one of {list(DATA)}, got {kind!r}")
     table["data"] = parse(DATA[kind], data, f"{source}: data")
-    if phase not in ENCODED:
-        refuse_unread(table["data"], phase, source)
-    return parse(Recipe, table | {"settings": settings}, source)
+    recipe = parse(Recipe, table | {"settings": settings}, source)
+    check_numbers(recipe)
+    refuse_unread(recipe, ENCODED, source)
+    return recipe

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import EMBEDDED
 from ..checkpoints.config import read_json
 from ..checkpoints.locate import PICKLED
 from ..checkpoints.lora_writing import Form, write_lora_file
@@ -21,8 +20,15 @@ from ..checkpoints.weights import read_tensors
 from ..errors import CheckpointError, FewstepError, RequestError
 from ..models.base import CONFIG_NAME
 from ..models.unet import UNet2DConditionModel
-from .card import run_name, settings_of, start
-from .config import ConsistencyPhase, Recipe, load_recipe, parse_recipe
+from .card import run_name, settings_of
+from .config import (
+    EMBEDDED_TEACHER,
+    ConsistencyPhase,
+    Recipe,
+    load_recipe,
+    parse_recipe,
+    place_of,
+)
 from .export import add_half, lora_metadata, note_guidance, write_lora
 from .lora_names import architecture, read_changes, read_named, unet_config
 from .state import NAME
@@ -30,7 +36,6 @@ from .state import NAME
 Weights = Literal["average", "online"]
 PREFIXES: Mapping[str, str] = {"average": "average/", "online": "parameter/"}
 RECIPE_NAME, UNET_CONFIG_NAME = "recipe.json", "unet_config.json"
-OWN_BASES = ("embedded", "embedded-teacher")
 ENDS = (".lora_down.weight", ".lora_up.weight")
 
 
@@ -70,14 +75,14 @@ class Trained:
                 "the run's folder as it was written"
             )
         settings = self.recipe.settings
-        base = start(self.recipe)
+        base = settings.unet or settings.base
         try:
-            config = unet_config(str(EMBEDDED) if base in OWN_BASES else base)
+            config = unet_config(place_of(base, self.recipe.folder))
         except FewstepError as error:
             raise CheckpointError(
                 f"{self.folder} has no {UNET_CONFIG_NAME}, and the base's cannot be read: {error}"
             ) from error
-        if base == OWN_BASES[1]:  # the embedded model, without its guidance input
+        if base == EMBEDDED_TEACHER:  # the embedded model, without its guidance input
             config["time_cond_proj_dim"] = None
         if settings.lora is None and config.get("time_cond_proj_dim") is None:
             config["time_cond_proj_dim"] = settings.guidance_dim or None
@@ -134,7 +139,7 @@ def convert_run(
     """
     run = open_run(place, config)
     tensors = {network: run.weights(network, weights) for network in networks}
-    if surplus := [network for network in tensors if network != "unet"]:
+    if surplus := [network for network in networks if network != "unet"]:
         raise RequestError(f"--save-keys {surplus[0]}: only the unet of a run can be converted")
     output = Path(output)
     if any(name.endswith(ENDS) for name in tensors["unet"]):
@@ -187,7 +192,7 @@ def write_run_lora(
         name=run_name(run.recipe),
         forms=forms,
         half=half,
-        metadata=lora_metadata(settings),
+        metadata=lora_metadata(run.recipe),
     )
 
 

@@ -11,12 +11,13 @@ import torch
 
 from ..errors import FewstepError, RequestError
 from .bases import Base, base_of, check_family
-from .capacity import check_memory, duration, network_rate
+from .capacity import check_memory, network_rate
 from .checks import checks_of
 from .config import ConsistencyPhase, Recipe, load_recipe
-from .data.encoded import cache_folder, check_data, open_source
+from .data.encoded import cache_folder, open_source
 from .data.survey import Counts, survey
 from .estimates import Estimate, estimate
+from .ranks import check_device
 from .rehearsal import rehearse
 from .run import device_of
 from .summary import foretold, opening, parts
@@ -59,13 +60,14 @@ def dry_run(
 
     Settings are checked, the data counted, memory and time estimated, and two steps run on a tiny
     model. Nothing is written to the run's folder, and no model is fetched; a data set of the hub
-    is, to count it. Raises RequestError for a recipe that cannot be read.
+    is, to count it. Raises RequestError for a recipe that cannot be read, or a missing GPU.
     """
     if isinstance(recipe, str):
         recipe = load_recipe(recipe, overrides)
     if output is not None:
         recipe = replace(recipe, folder=str(output))
     device = device_of(recipe.run.device)
+    check_device(device)
     findings = Findings()
     for check in checks_of(recipe, device, devices):
         findings.attempt(check)
@@ -78,7 +80,7 @@ def dry_run(
     settings = recipe.settings
     base = findings.attempt(lambda: base_of(settings, recipe.folder))
     if base is not None:
-        foresee(recipe, base, device, devices, findings)
+        add_estimate(recipe, base, device, devices, findings)
         if not findings.problems:
             findings.attempt(lambda: rehearse(recipe, base, device))
     if not findings.problems:
@@ -88,7 +90,6 @@ def dry_run(
 
 def count(recipe: Recipe) -> Counts:
     """What of the data is kept and dropped; pictures are looked at, nothing is encoded."""
-    check_data(recipe.data)
     memory = cache_folder(recipe.data) / "sources"
     counts = survey(open_source(recipe, memory), recipe.data, memory).counts
     if recipe.data.held_out >= counts.kept:
@@ -98,7 +99,7 @@ def count(recipe: Recipe) -> Counts:
     return counts
 
 
-def foresee(
+def add_estimate(
     recipe: Recipe, base: Base, device: torch.device, devices: int, findings: Findings
 ) -> None:
     """Add memory and time to the findings."""
@@ -112,8 +113,7 @@ def foresee(
     kept = None if findings.counts is None else findings.counts.kept - recipe.data.held_out
     findings.told.append(opening(recipe, made.trained, made.parameters, kept))
     rate = network_rate(device, recipe.run)
-    taken = duration(made.operations * recipe.run.steps, rate, devices)
-    findings.told.append(foretold(made, taken, device.type, devices))
+    findings.told.append(foretold(recipe, made, rate, device.type, devices))
     findings.told.append(f"memory: {parts(made)}")
     findings.told.append(
         f"time: {made.operations / recipe.run.batch / 1e12:.3g} TFLOP a sample; the blocks of a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from ..errors import RequestError
 
@@ -19,3 +20,8 @@ def number(name: str, default: int) -> int:
         return int(value)
     except ValueError:
         raise RequestError(f"the environment's {name}={value!r} must be a whole number") from None
+
+
+def home() -> Path:
+    """Where fewstep keeps what it can make again: $FEWSTEP_CACHE, or ~/.cache/fewstep."""
+    return Path(text("FEWSTEP_CACHE", "~/.cache/fewstep")).expanduser()

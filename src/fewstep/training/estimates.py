@@ -188,14 +188,13 @@ def clip_size(config: Mapping[str, Any]) -> int:
 
 def latent_side(recipe: Recipe, base: Base) -> int:
     """The side of a square latent. Raises RequestError if the autoencoder cannot make it."""
-    data = recipe.data
-    pixels = data.size if isinstance(data, Scenes) else data.resolution
-    factor = 2 ** (len(base.configs.get("vae", {}).get("block_out_channels", (1,) * 4)) - 1)
-    if pixels < factor or pixels % factor:
+    if recipe.size < base.factor or recipe.size % base.factor:
+        name = "size" if isinstance(recipe.data, Scenes) else "resolution"
         raise RequestError(
-            f"data.resolution={pixels} must be a multiple of {factor}, the base's pixels a latent"
+            f"data.{name}={recipe.size} must be a multiple of {base.factor}, the base's pixels a "
+            "latent"
         )
-    return pixels // factor
+    return recipe.size // base.factor
 
 
 def token_count(base: Base) -> int:

@@ -32,7 +32,7 @@ from ..pipelines.catalog import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from .card import card, run_name, sampler, settings_of
+from .card import card, run_name, sampler, settings_of, start
 from .config import ConsistencyPhase, Recipe
 from .state import NAME as CHECKPOINT_NAME
 
@@ -107,7 +107,7 @@ def finish_lora(
             name=run_name(recipe),
             forms=("diffusers", "kohya") if settings.output.kohya else ("diffusers",),
             half=settings.output.half,
-            metadata=lora_metadata(settings),
+            metadata=lora_metadata(recipe),
         )
         text = card(
             recipe,
@@ -121,11 +121,12 @@ def finish_lora(
     return folder
 
 
-def lora_metadata(settings: ConsistencyPhase) -> dict[str, str]:
+def lora_metadata(recipe: Recipe) -> dict[str, str]:
     """What the header of a LoRA's file tells beside rank and alpha."""
+    settings = settings_of(recipe)
     low, high = settings.w_min, settings.w_max
     return {
-        "fewstep.base": settings.unet or settings.base,
+        "fewstep.base": start(recipe),
         "fewstep.omega": f"guidance_scale - 1, {low:g} to {high:g}",
         "fewstep.scheduler": sampler(settings)[0],
     }

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import FewstepError, RequestError
+from ..errors import FewstepError
 from .config import Optimizer, Recipe, Run
 from .interruption import StoppedError, stopping
 from .parallel import averaging, gather, shard, shares, together, whole
@@ -32,7 +32,8 @@ class Phase(Protocol):
     """A method: what is trained, on what loss, and what comes out."""
 
     trained: Mapping[str, nn.Module]  # by the name it has in checkpoints
-    kept: Mapping[str, nn.Module]  # not trained by gradient, but part of the state (EMA target)
+    kept: Mapping[str, nn.Module] = {}  # not trained by gradient, but part of the state (a target)
+    frozen: Mapping[str, nn.Module] = {}  # only in memory: run.shard spreads it as the others
 
     def loss(self, step: int, part: range) -> Tensor:
         """The mean loss of these positions of the batch of this step, a scalar with gradient."""
@@ -77,9 +78,7 @@ class Average:
     @torch.no_grad()
     def _swap(self) -> None:
         for parameter, value in zip(self.parameters, self.values, strict=True):
-            held = (
-                parameter.detach().clone()
-            )  # values change places, not tensors: all may be shares
+            held = parameter.detach().clone()  # values change places, not tensors: shares stay
             parameter.copy_(value)
             value.copy_(held)
 
@@ -111,19 +110,13 @@ def scaler_of(run: Run, device: torch.device) -> torch.amp.GradScaler:
 
 
 def optimizer_of(settings: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, with moments of 32 or 8 bits. Raises RequestError where bitsandbytes is missing."""
+    """AdamW, with moments of 32 bits, or of 8 by bitsandbytes."""
     options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    betas = (settings.betas[0], settings.betas[1])
     if settings.kind == "adamw":
-        return torch.optim.AdamW(parameters, betas=betas, fused=True, **options)
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise RequestError(
-            "optimizer.kind='adamw8bit' needs bitsandbytes; pip install bitsandbytes, or set "
-            "optimizer.kind=adamw"
-        ) from None
-    return bitsandbytes.optim.AdamW8bit(parameters, betas=betas, **options)
+        return torch.optim.AdamW(parameters, betas=settings.betas, fused=True, **options)
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(parameters, betas=settings.betas, **options)
 
 
 def trainable(phase: Phase) -> dict[str, nn.Parameter]:

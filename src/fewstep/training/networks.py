@@ -14,7 +14,6 @@ from ..models.layers import ResnetBlock, TransformerBlock
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from ..pipelines.base import DiffusionPipeline
-from ..pipelines.catalog import StableDiffusionPipeline
 from ..pipelines.embedded import embedded_teacher
 from ..pipelines.families import StableDiffusion
 from ..schedulers import DDIMScheduler
@@ -45,26 +44,19 @@ def schedule_of(pipe: StableDiffusion) -> NoiseSchedule:
 
 def read_base(settings: FromBase, folder: str) -> StableDiffusion:
     """The pipeline of a folder, a repository or a file, with the parts that replace its own."""
-    options: dict[str, Any] = {"variant": settings.variant or None}
-    if settings.revision:
-        options["revision"] = settings.revision
-    if settings.unet:
-        options["unet"] = UNet2DConditionModel.from_pretrained(
-            place_of(settings.unet, folder), torch_dtype=torch.float32
-        )
-    if settings.vae:
-        options["vae"] = AutoencoderKL.from_pretrained(
-            place_of(settings.vae, folder), torch_dtype=torch.float32
-        )
+    options: dict[str, Any] = {"torch_dtype": torch.float32}
+    parts: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    for name, kind in parts.items():
+        if place := place_of(getattr(settings, name), folder):
+            options[name] = kind.from_pretrained(place, torch_dtype=torch.float32)
+    options |= {n: getattr(settings, n) for n in ("variant", "revision") if getattr(settings, n)}
     base = place_of(settings.base, folder)
-    if base.endswith(".safetensors"):
-        pipe: Any = StableDiffusionPipeline.from_single_file(base, **options)
-    else:
-        pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32, **options)
+    load = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
+    pipe: Any = getattr(DiffusionPipeline, load)(base, **options)
     if not isinstance(pipe, StableDiffusion):
         raise RequestError(
-            f"consistency.base={base!r} is a {type(pipe).__name__}; latent consistency "
-            "models are made from Stable Diffusion, SDXL and SSD-1B pipelines"
+            f"base={base!r} is a {type(pipe).__name__}; give a pipeline of Stable Diffusion, SDXL "
+            "or SSD-1B"
         )
     return pipe
 

@@ -28,6 +28,7 @@ class Networks(Protocol):
 
     trained: Mapping[str, nn.Module]
     kept: Mapping[str, nn.Module]
+    frozen: Mapping[str, nn.Module]
 
     def loss(self, step: int, part: range) -> Tensor: ...
 
@@ -105,9 +106,8 @@ def shard(phase: Networks, recipe: Recipe, ranks: Ranks, device: torch.device) -
 
 
 def networks_of(phase: Networks) -> list[nn.Module]:
-    """Every network of a phase that `shard` spreads, each once: trained, kept, and its teacher."""
-    frozen: Mapping[str, nn.Module] = getattr(phase, "frozen", {})
-    several = [*phase.trained.values(), *phase.kept.values(), *frozen.values()]
+    """Every network of a phase that `shard` spreads, each once: trained, kept and frozen ones."""
+    several = [*phase.trained.values(), *phase.kept.values(), *phase.frozen.values()]
     return list({id(network): network for network in several}.values())
 
 

@@ -89,6 +89,7 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     On CPUs the processes of one machine share its cores.
     """
     count, here = number("WORLD_SIZE", 1), number("LOCAL_WORLD_SIZE", 1)
+    check_device(device)
     if count == 1:
         yield Ranks(), device
         return
@@ -106,6 +107,16 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     yield Ranks(dist.get_rank(), dist.get_world_size(), local), device
     if not connected:  # after an error the process ends, and the others see it
         dist.destroy_process_group()
+
+
+def check_device(device: torch.device) -> None:
+    """Raises RequestError for a GPU that this machine does not have."""
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise RequestError(
+            f"run.device={str(device)!r} is not on this machine, which has {count} GPUs; set "
+            "run.device=auto"
+        )
 
 
 def check_devices(processes: int) -> None:

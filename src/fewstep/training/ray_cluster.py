@@ -68,6 +68,7 @@ def work(settings: dict[str, Any]) -> None:
 def encode_on_ray(recipe: Recipe, workers: int) -> None:
     """Fill the cache of a recipe's encoded data: by Ray Data, each worker encodes a share."""
     check(workers)
+    recipe.from_base  # noqa: B018 - raises for a phase that encodes nothing
     ray = connect()
     gpu = uses_gpu(ray, recipe, workers)
     shares = ray.data.range(workers, override_num_blocks=workers)
@@ -85,14 +86,12 @@ class Encoder:
     """A worker that encodes the shares of which it gets the numbers."""
 
     def __init__(self, recipe: Recipe, shares: int, here: str) -> None:
-        from .config import ConsistencyPhase
         from .networks import load_base
         from .run import device_of
 
-        assert isinstance(recipe.settings, ConsistencyPhase)
         os.chdir(here)
         self.recipe, self.shares = recipe, shares
-        self.pipe = load_base(recipe.settings, recipe.folder).to(device_of(recipe.run.device))
+        self.pipe = load_base(recipe.from_base, recipe.folder).to(device_of(recipe.run.device))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         from .data import encode_share

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,7 +52,7 @@ def rehearse(recipe: Recipe, base: Base, device: torch.device) -> None:
             torch.manual_seed(0)
             small_pipeline(base).save_pretrained(folder / "base")
         if isinstance(recipe.data, Pictures):
-            write_pictures(folder / "pictures", LATENT * factor_of(base))
+            write_pictures(folder / "pictures", LATENT * base.factor)
         with contextlib.redirect_stderr(io.StringIO()):  # of bars
             train(small_recipe(recipe, base, folder, device))
 
@@ -84,7 +83,7 @@ def small_recipe(recipe: Recipe, base: Base, folder: Path, device: torch.device)
     return replace(
         recipe,
         folder=str(folder / "run"),
-        data=small_data(recipe.data, folder, LATENT * factor_of(base)),
+        data=small_data(recipe.data, folder, LATENT * base.factor),
         optimizer=replace(recipe.optimizer, kind="adamw" if on_cpu else recipe.optimizer.kind),
         run=replace(
             run,
@@ -135,22 +134,12 @@ def write_pictures(folder: Path, size: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def factor_of(base: Base) -> int:
-    """The base's pixels a latent."""
-    return 2 ** (levels(base.configs.get("vae", {"block_out_channels": (1,) * 4})) - 1)
-
-
-def levels(config: Mapping[str, Any]) -> int:
-    """The resolutions of a network."""
-    return len(config.get("block_out_channels", (1,) * 4))
-
-
 def small_pipeline(base: Base) -> DiffusionPipeline:
     """A pipeline of the base's family with few channels and random weights."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     vae = dict(base.configs.get("vae", {}))
-    vae |= {"block_out_channels": (8,) * factor_levels(base), "norm_num_groups": 4}
+    vae |= {"block_out_channels": (8,) * base.levels, "norm_num_groups": 4}
     components: dict[str, Any] = {
         "vae": AutoencoderKL.from_config(vae | {"layers_per_block": 1, "sample_size": None}),
         "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT)),
@@ -165,16 +154,11 @@ def small_pipeline(base: Base) -> DiffusionPipeline:
     return StableDiffusionXLPipeline(**components)
 
 
-def factor_levels(base: Base) -> int:
-    """The resolutions of the base's autoencoder."""
-    return factor_of(base).bit_length()
-
-
 def small_unet(base: Base) -> dict[str, Any]:
     """The UNet's config with few channels and one transformer layer wherever it has some."""
     config = dict(base.configs["unet"])
     config |= {
-        "block_out_channels": (8, *(16,) * (levels(config) - 1)),
+        "block_out_channels": (8, *(16,) * (len(config.get("block_out_channels", (1,) * 4)) - 1)),
         "norm_num_groups": 4,
         "attention_head_dim": 2,
         "cross_attention_dim": 2 * WIDTH if base.is_xl else WIDTH,

@@ -49,7 +49,9 @@ class LossLog:
 
     def write(self, done: int, rate: float) -> dict[str, float]:
         """Write the means since the last line. Waits for the device, which nothing else does."""
-        loss, norm = (torch.stack(values).mean().item() for values in (self.losses, self.norms))
+        loss = torch.stack(self.losses).mean().item()
+        norms = torch.stack(self.norms)  # of steps that float16's scaling passes over infinite
+        norm = norms[norms.isfinite()].sum().item() / max(1, int(norms.isfinite().sum()))
         now = time.monotonic()
         figures = {
             "step": done,

@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..checkpoints.config import replacing
+from ..errors import RequestError
 from .capacity import memory_explained
 from .checks import checks_of, foresee
 from .config import Recipe, load_recipe
@@ -39,10 +40,10 @@ def train(
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
         with sdpa_kernel(attention(recipe, device)), memory_explained(recipe, device):
-            seen = foresee(recipe, device, ranks.count) if ranks.is_first else None
+            made = foresee(recipe, device, ranks.count) if ranks.is_first else None
             phase = make_phase(recipe, device, ranks)
             if ranks.is_first:
-                announce(recipe, phase, seen, device, ranks.count)
+                announce(recipe, phase, made, device, ranks.count)
                 with replacing(recipe.output / "recipe.json") as path:
                     path.write_text(json.dumps(asdict(recipe), indent=2, default=dict))
             ranks.wait()
@@ -77,7 +78,12 @@ def device_of(name: str) -> torch.device:
     """The device of a recipe; "auto" is the GPU where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise RequestError(
+            f"run.device={name!r} is no device; use auto, cpu, cuda or cuda:NUMBER"
+        ) from None
 
 
 def make_phase(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> Phase:

@@ -69,17 +69,6 @@ def normalised(pixels: Tensor, device: torch.device) -> Tensor:
     return pixels.to(device).float().div(127.5).sub(1)
 
 
-def batch_indices(step: int, batch: int, count: int, seed: int) -> np.ndarray:
-    """Which of `count` samples make up batch number `step`: each once an epoch, in a new order."""
-    positions = np.arange(step * batch, (step + 1) * batch)
-    epochs = positions // count
-    orders = {
-        epoch: np.random.default_rng([seed, int(epoch)]).permutation(count)
-        for epoch in np.unique(epochs)
-    }
-    return np.array([orders[e][p % count] for e, p in zip(epochs, positions, strict=True)])
-
-
 @dataclass(frozen=True, eq=False)
 class Latents:
     """Encoded scenes: z (N, C, h, w) float16 of about unit deviation, tokens (N, L) int32."""

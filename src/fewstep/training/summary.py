@@ -6,19 +6,15 @@ import shlex
 import sys
 from collections.abc import Iterable, Sized
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..pipelines.embedded import TEACHER
-from .bases import Base
 from .capacity import duration, gib, network_rate, short
-from .card import METHODS
-from .config import EMBEDDED_TEACHER, ConsistencyPhase, Recipe, Scenes
+from .card import METHODS, PROMPT, start, steps_of
+from .config import EMBEDDED_TEACHER, ConsistencyPhase, Recipe, Scenes, placed
 from .estimates import Estimate
 from .loop import Phase
-
-PROMPT = "a lighthouse at dusk"
 
 
 def opening(recipe: Recipe, trained: int, parameters: int, samples: int | None) -> str:
@@ -41,10 +37,9 @@ def what(recipe: Recipe) -> str:
     settings = recipe.settings
     if not isinstance(settings, ConsistencyPhase):
         return f"the phase {recipe.phase!r}"
-    start = settings.unet or settings.base
     if settings.lora is None:
-        return f"a consistency model of {start}"
-    return f"a LoRA of rank {settings.lora.rank} for {start}"
+        return f"a consistency model of {start(recipe)}"
+    return f"a LoRA of rank {settings.lora.rank} for {start(recipe)}"
 
 
 def method(recipe: Recipe) -> str:
@@ -76,32 +71,28 @@ def parts(estimate: Estimate) -> str:
 
 def closing(recipe: Recipe) -> Iterable[str]:
     """Where the results of a finished run are, and how to draw with them."""
-    folder, settings = recipe.output, recipe.settings
-    yield f"done: the last sheet, log.jsonl and the results are in {folder}"
-    command = drawing(folder, settings)
+    yield f"done: the last sheet, log.jsonl and the results are in {recipe.output}"
+    command = drawing(recipe)
     if command:
         yield f"draw with it: {shlex.join(command)}"
-    elif isinstance(settings, ConsistencyPhase):
-        yield f"draw with it: {result(folder, settings) / 'README.md'} has a script"
+    elif isinstance(recipe.settings, ConsistencyPhase):
+        yield f"draw with it: {result(recipe) / 'README.md'} has a script"
 
 
-def result(folder: Path, settings: ConsistencyPhase) -> Path:
-    """The folder of what was made."""
-    return folder / ("pipeline" if settings.lora is None else "lora")
+def result(recipe: Recipe) -> Path:
+    """The folder of what was made: a pipeline, or a LoRA."""
+    is_lora = isinstance(recipe.settings, ConsistencyPhase) and recipe.settings.lora
+    return recipe.output / ("lora" if is_lora else "pipeline")
 
 
-def drawing(folder: Path, settings: Any) -> list[str]:
+def drawing(recipe: Recipe) -> list[str]:
     """A command that draws with a run's result; empty where only a script can."""
+    settings, made = recipe.settings, str(result(recipe))
     if not isinstance(settings, ConsistencyPhase):
-        pipeline = folder / "pipeline"
-        return ["fewstep", "generate", PROMPT, "--model", str(pipeline)] * pipeline.is_dir()
-    steps = settings.phases if settings.endpoint == "phases" else 4
-    if settings.method == "denoising":
-        steps = settings.sheet.steps[-1]
+        return ["fewstep", "generate", PROMPT, "--model", made] * result(recipe).is_dir()
     prompt = settings.sheet.prompts[0] if settings.sheet.prompts else PROMPT
-    command = ["fewstep", "generate", prompt, "--steps", str(steps)]
+    command = ["fewstep", "generate", prompt, "--steps", str(steps_of(settings))]
     command += ["--guidance", f"{settings.sheet.guidance_scale:g}"]
-    made = str(result(folder, settings))
     if settings.lora is None:
         return [*command, "--model", made]
     # A command cannot give another UNet, or times at the ends of phases.
@@ -110,25 +101,25 @@ def drawing(folder: Path, settings: Any) -> list[str]:
     command += ["--lora", made]
     if settings.base == "embedded":
         return command
-    base = settings.base.replace("{folder}", str(folder.parent))
-    if settings.base == EMBEDDED_TEACHER:
-        base = TEACHER.name
+    is_teacher = settings.base == EMBEDDED_TEACHER
+    base = TEACHER.name if is_teacher else placed(settings.base, recipe.folder)
     scheduler = "tcd" if settings.endpoint == "sampled" else "lcm"
     if settings.method == "denoising":
         scheduler = "ddim"
     return [*command, "--model", base, "--scheduler", scheduler]
 
 
-def foretold(estimate: Estimate, taken: str, device: str, devices: int) -> str:
-    """What a run will need, in a line."""
+def foretold(recipe: Recipe, made: Estimate, rate: float, device: str, devices: int) -> str:
+    """What a run will need, in a line; `rate` is that of `network_rate`."""
     many = f" on each of {devices} devices" if devices > 1 else f" on {device}"
-    return f"it will need about {gib(estimate.total)}{many}, and about {taken}"
+    taken = duration(made.operations * recipe.run.steps, rate, devices)
+    return f"it will need about {gib(made.total)}{many}, and about {taken}"
 
 
 def announce(
     recipe: Recipe,
     phase: Phase,
-    seen: tuple[Base, Estimate] | None,
+    made: Estimate | None,
     device: torch.device,
     devices: int,
 ) -> None:
@@ -139,11 +130,8 @@ def announce(
     held_out = getattr(data, "held_out", ())
     samples = len(data) - len(held_out) if isinstance(data, Sized) else None
     say(opening(recipe, trained, sum(p.numel() for p in networks), samples))
-    if seen is not None:
-        _, made = seen
-        rate = network_rate(device, recipe.run)
-        taken = duration(made.operations * recipe.run.steps, rate, devices)
-        say(foretold(made, taken, device.type, devices))
+    if made is not None:
+        say(foretold(recipe, made, network_rate(device, recipe.run), device.type, devices))
 
 
 def say(line: str) -> None:

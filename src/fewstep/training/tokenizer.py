@@ -19,7 +19,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, length: int, folde
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
-    if not (folder / "vocab.json").exists():
+    if not (folder / "tokenizer_config.json").exists():  # the last of its files
         learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
         learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from fewstep.training.data.epochs import Epochs
-from fewstep.training.scenes import batch_indices
 
 GROUPS = [np.arange(0, 7), np.arange(7, 10), np.arange(10, 31)]
 
 
-def test_one_group_is_the_order_of_the_other_phases() -> None:
-    epochs = Epochs([np.arange(10)], seed=4)
-    for step in range(20):
-        expected = batch_indices(step, 4, 10, 4)
-        np.testing.assert_array_equal(epochs.rows(step, 4), expected)
+@pytest.mark.parametrize("batch", [4, 12, 25])
+def test_one_group_gives_each_row_once_an_epoch_in_a_new_order(batch: int) -> None:
+    epochs = Epochs([np.arange(12)], seed=4)
+    rows = np.concatenate([epochs.rows(step, batch) for step in range(12)])
+    orders = [np.random.default_rng([4, epoch]).permutation(12) for epoch in range(batch)]
+    np.testing.assert_array_equal(rows, np.concatenate(orders))
 
 
 @pytest.mark.parametrize("batch", [1, 4, 8, 40])

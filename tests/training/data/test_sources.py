@@ -47,16 +47,17 @@ def test_captions_come_from_jsonl_csv_and_text_files(tmp_path: Path, opened: Any
         draw(root / name)
     lines = [
         {"file_name": "a.png", "text": " one "},
-        {"file_name": "b.jpg", "text": ["x", "y", ""]},
+        {"file_name": "b.jpg", "text": ["x", "y\u2028z", ""]},  # a line's end to Unicode, not here
     ]
     lines.append({"file_name": "gone.png", "text": "gone"})
-    (root / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, lines)), "utf-8")
+    told = [json.dumps(line, ensure_ascii=False) for line in lines]
+    (root / "metadata.jsonl").write_text("\n\n".join(told), "utf-8")
     (root / "sub" / "metadata.csv").write_text('text,file_name\n"cat, red",c.webp\n', "utf-8")
     (root / "sub" / "d.txt").write_bytes("\ufeffa cat\non grass\n".encode())
     source = opened(root)
     assert said(source) == {
         "a.png": ("one",),
-        "b.jpg": ("x", "y"),
+        "b.jpg": ("x", "y\u2028z"),
         "e.png": (),
         "sub/c.webp": ("cat, red",),
         "sub/d.PNG": ("a cat on grass",),

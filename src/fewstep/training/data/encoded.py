@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from ...pipelines.xl import StableDiffusionXL
 from ..batch import Batch, Condition, TrainingSet
 from ..config import Pictures, Recipe, Scenes
 from ..draws import Draws
+from ..environment import home
 from ..ranks import Ranks
 from .emoji import EmojiScenes
 from .encoders import encode_captions, encode_pictures, picture_fingerprint, text_fingerprint
@@ -87,26 +87,7 @@ def open_source(recipe: Recipe, memory: Path) -> Source:
 
 def cache_folder(data: Scenes | Pictures) -> Path:
     """Where encoded data are kept: `data.cache`, or `encoded` under $FEWSTEP_CACHE."""
-    home = os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep"
-    return Path(data.cache or f"{home}/encoded").expanduser()
-
-
-def check_data(data: Scenes | Pictures) -> None:
-    """Raises RequestError for numbers that mean nothing."""
-    shares = {"empty_captions": data.empty_captions}
-    least = {"held_out": (data.held_out, 0), "workers": (data.workers, 0)}
-    if isinstance(data, Pictures):
-        shares["flip"] = data.flip
-        least |= {"variants": (data.variants, 1), "limit": (data.limit, 0)}
-        least["min_side"] = (data.min_side, 0)
-    else:
-        least["scenes"] = (data.scenes, 1)
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise RequestError(f"data.{name}={share} is a share; it must lie in [0, 1]")
-    for name, (value, minimum) in least.items():
-        if value < minimum:
-            raise RequestError(f"data.{name}={value} must be at least {minimum}")
+    return Path(data.cache).expanduser() if data.cache else home() / "encoded"
 
 
 class Encoding:
@@ -118,7 +99,6 @@ class Encoding:
     def __init__(
         self, recipe: Recipe, pipe: StableDiffusion, rank: int = 0, ranks: int = 1
     ) -> None:
-        check_data(recipe.data)
         pipe.check_text_encoder("prompt")
         self.recipe, self.pipe, self.rank, self.ranks = recipe, pipe, rank, ranks
         self.cutting = cutting_of(recipe, pipe.vae_scale_factor)

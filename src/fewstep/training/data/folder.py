@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +52,26 @@ def captions_by_file(root: Path, caption_key: str) -> dict[Path, tuple[str, ...]
     return found
 
 
-def metadata_rows(path: Path, caption_key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each entry of a metadata file, and how to call its place. Raises RequestError for none."""
+def metadata_rows(path: Path, caption_key: str) -> list[tuple[str, dict[str, Any]]]:
+    """The entries of a metadata file. Raises RequestError if it lacks a column that is needed."""
+    rows = entries(path)
+    columns = list(dict.fromkeys(key for _, row in rows for key in row))
+    if rows and path.suffix == ".csv":
+        check_column("file_name", columns, "a column file_name", str(path))
+    if rows:
+        check_column(caption_key, columns, "data.caption_key", str(path))
+    return rows
+
+
+def entries(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """How to call the place of each entry of a metadata file, and the entry by columns."""
     text = decoded(path.read_bytes(), str(path))
     if path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text))
-        columns = list(reader.fieldnames or ())
-        check_column("file_name", columns, "a column file_name", str(path))
-        rows = [(f"{path} line {reader.line_num}", dict(row)) for row in reader]
-    else:
-        lines = enumerate(text.splitlines(), 1)
-        places = ((f"{path} line {number}", line) for number, line in lines if line.strip())
-        rows = [(where, parse_json(line, where)) for where, line in places]
-        columns = list(dict.fromkeys(key for _, row in rows for key in row))
-    if rows:
-        check_column(caption_key, columns, "data.caption_key", str(path))
-    yield from rows
+        return [(f"{path} line {reader.line_num}", dict(row)) for row in reader]
+    lines = enumerate(text.split("\n"), 1)  # captions may hold what else Unicode calls line ends
+    places = ((f"{path} line {number}", line) for number, line in lines if line.strip())
+    return [(where, parse_json(line, where)) for where, line in places]
 
 
 def beside(path: Path) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import tarfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import FewstepError, RequestError
+from fewstep.training.environment import home
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ PACKAGES: dict[str, Package] = {
 
 
 def default_cache() -> Path:
-    """`$FEWSTEP_CACHE` if set, else `~/.cache/fewstep`, plus `packages`."""
-    return Path(os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep").expanduser() / "packages"
+    """Where packages are kept once they are fetched."""
+    return home() / "packages"
 
 
 def verify(path: Path, package: Package) -> None:

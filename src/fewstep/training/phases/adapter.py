@@ -11,14 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...annotate import canny
+from ...errors import RequestError
 from ...models.t2i_adapter import T2IAdapter
 from ...pipelines.families import StableDiffusion
+from ...pipelines.xl import StableDiffusionXL
 from ..config import AdapterPhase, Recipe
 from ..data import open_set
 from ..draws import Draws
+from ..loop import Phase
 from ..networks import load_base, schedule_of
 from ..objectives import diffusion_loss
 from .sheets import grid, to_pil
@@ -26,20 +29,20 @@ from .sheets import grid, to_pil
 FOLDER = "adapter"
 
 
-class Adapter:
+class Adapter(Phase):
     """Trains a T2IAdapter on the denoising loss of a model that stays as it is."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         assert isinstance(recipe.settings, AdapterPhase)
         self.recipe, self.settings, self.device = recipe, recipe.settings, device
         self.pipe: StableDiffusion = load_base(self.settings, recipe.folder)
+        check_base(self.pipe)
         self.pipe.to(device)
         self.schedule = schedule_of(self.pipe)
         self.data = open_set(recipe, self.pipe)
         torch.manual_seed(recipe.seed)  # the initial weights
         self.adapter = T2IAdapter(**self.settings.model).to(device).train()
-        self.trained: dict[str, nn.Module] = {"adapter": self.adapter}
-        self.kept: dict[str, nn.Module] = {}
+        self.trained = {"adapter": self.adapter}
 
     def loss(self, step: int, part: range) -> Tensor:
         draws = Draws(self.recipe.seed, step, part, self.device)
@@ -64,9 +67,6 @@ class Adapter:
         low, high = self.settings.thresholds
         found = np.stack([np.asarray(canny(picture, low, high)) for picture in pictures])
         return torch.from_numpy(found).permute(0, 3, 1, 2).float().div(255).to(self.device)
-
-    def after_step(self, step: int) -> None:
-        pass
 
     def show(self) -> tuple[Image.Image, dict[str, float]]:
         """Held-out pictures, their edges, and what the model draws of edges and sheet prompts."""
@@ -96,3 +96,12 @@ class Adapter:
     def finish(self, folder: Path, figures: Mapping[str, float]) -> None:
         """Write the adapter in diffusers' layout."""
         self.adapter.save_pretrained(folder / FOLDER)
+
+
+def check_base(pipe: StableDiffusion) -> None:
+    """Raises RequestError for a model that the sheets cannot be drawn with."""
+    if isinstance(pipe, StableDiffusionXL):
+        raise RequestError(
+            f"adapter.base is a {type(pipe).__name__}; adapters are trained for Stable Diffusion 1 "
+            "and 2 and the embedded model: give one of them"
+        )

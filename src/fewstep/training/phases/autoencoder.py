@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...checkpoints.config import write_json
 from ...models.vae import AutoencoderKL
 from ..config import AutoencoderPhase, Recipe
 from ..draws import Draws
+from ..loop import Phase
 from ..objectives import reconstruction_loss
 from ..scenes import DrawnScenes, normalised, sampler_of
 from .sheets import grid, to_pil
@@ -20,7 +22,7 @@ HELD_OUT = 10**9  # scenes from this index on are never trained on
 FOLDER = "vae"
 
 
-class Autoencoder:
+class Autoencoder(Phase):
     """Trains an AutoencoderKL on new scenes in every batch; finishes with its scaling factor."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
@@ -30,7 +32,6 @@ class Autoencoder:
         torch.manual_seed(recipe.seed)  # the initial weights
         self.vae = AutoencoderKL(**self.settings.model).to(device)
         self.trained = {"vae": self.vae}
-        self.kept: dict[str, torch.nn.Module] = {}
         self.batches: Iterator[tuple[Tensor, list[str]]] | None = None
         self.drawn: tuple[int, Tensor] | None = None  # the last step's pictures
 
@@ -44,9 +45,6 @@ class Autoencoder:
         return reconstruction_loss(
             self.vae.decode(z).sample.float(), x, kl.float(), self.settings.kl_weight
         )
-
-    def after_step(self, step: int) -> None:
-        pass
 
     def batch(self, step: int) -> Tensor:
         """The pictures of a step; steps are asked for in order, from any first one on."""
@@ -84,4 +82,4 @@ class Autoencoder:
         finished = AutoencoderKL(**config)
         finished.load_state_dict(self.vae.state_dict())
         finished.save_pretrained(folder / FOLDER)
-        (folder / "figures.json").write_text(f'{{"psnr_db": {psnr:.2f}}}\n')
+        write_json({"psnr_db": round(psnr, 2)}, folder / "figures.json")

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...diffusion import Network, guidance_embedding
-from ...errors import RequestError
 from ...models.unet import UNet2DConditionModel
 from ...pipelines.families import StableDiffusion
 from .. import endpoints
@@ -26,8 +25,8 @@ from ..batch import Batch, Condition
 from ..config import ConsistencyPhase, Recipe
 from ..data import open_set
 from ..draws import Draws
-from ..export import finish_full, finish_lora, push, require_token
-from ..loop import DTYPES, precision_of
+from ..export import finish_full, finish_lora, push
+from ..loop import DTYPES, Phase, precision_of
 from ..lora_layers import adapters, adapters_off, attach
 from ..networks import (
     check_prediction_type,
@@ -53,15 +52,12 @@ from .samples import Samples
 HELD_OUT_STEP = 2**31  # a step that no run takes: its draws are the held-out loss's
 
 
-class Consistency:
+class Consistency(Phase):
     """Trains the student so that one step down the ODE leaves its answer unchanged."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         assert isinstance(recipe.settings, ConsistencyPhase)
         self.recipe, self.settings, self.device = recipe, recipe.settings, device
-        check_settings(self.settings)
-        if self.settings.output.push_to:
-            require_token(self.settings.output.push_to)
         self.pipe: StableDiffusion = load_base(self.settings, recipe.folder)
         self.pipe.to(device)
         self.schedule = schedule_of(self.pipe)
@@ -70,11 +66,10 @@ class Consistency:
         check_prediction_type(self.pipe, self.batch(0, range(min(8, recipe.run.batch)))[0])
         self.student = self.make_student()
         self.target = self.student
-        self.trained: dict[str, nn.Module] = {"unet": self.student}
-        self.kept: dict[str, nn.Module] = {}
+        self.trained = {"unet": self.student}
         if self.settings.target == "ema":
             self.target = copy.deepcopy(self.student).requires_grad_(False)
-            self.kept["target"] = self.target
+            self.kept = {"target": self.target}
         self.distance = functools.partial(DISTANCES[self.settings.distance])
         if self.settings.distance != "squared":
             self.distance = functools.partial(self.distance, c=self.settings.distance_c)
@@ -82,8 +77,7 @@ class Consistency:
         if self.settings.method != "distillation":
             # There is no teacher: what it started from is needed no longer.
             self.base = self.pipe.unet = self.student
-        # Neither trained nor kept, but in memory: with run.shard it is spread as the others are.
-        self.frozen: dict[str, nn.Module] = {"teacher": self.base}
+        self.frozen = {"teacher": self.base}
         if recipe.run.precision != "fp32":
             store_as(self.base, DTYPES[recipe.run.precision])
         if recipe.run.gradient_checkpointing:
@@ -234,62 +228,3 @@ def table(figures: Mapping[str, float]) -> str:
         return ""
     rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in figures.items())
     return f"| figure | |\n|---|---|\n{rows}"
-
-
-def check_settings(settings: ConsistencyPhase) -> None:
-    """Raises RequestError for settings that contradict each other."""
-    coarsest = settings.first_grid_steps or settings.grid_steps
-    wrong: list[tuple[bool, str]] = [
-        (
-            settings.lora is not None and settings.target == "ema",
-            "consistency.target='ema' would keep a second network beside the LoRA's one; "
-            "set consistency.target=stopgrad",
-        ),
-        (
-            settings.lora is not None and settings.guidance_dim > 0,
-            f"consistency.guidance_dim={settings.guidance_dim}: a LoRA adds no guidance input; "
-            "set consistency.guidance_dim=0",
-        ),
-        (
-            settings.w_min > settings.w_max,
-            f"consistency.w_min={settings.w_min} must not be above w_max={settings.w_max}",
-        ),
-        (
-            settings.method == "fine_tuning"
-            and (not settings.solver_guidance or settings.solver != "ddim"),
-            f"consistency.solver={settings.solver!r}, solver_guidance={settings.solver_guidance}: "
-            "fine-tuning has no teacher and no solver; leave them out",
-        ),
-        (
-            settings.method == "denoising"
-            and (settings.endpoint, settings.target, settings.guidance_dim)
-            != ("zero", "stopgrad", 0),
-            "consistency.method='denoising' leads to no endpoint, has no target and no guidance "
-            "input; set consistency.endpoint=zero, target=stopgrad, guidance_dim=0",
-        ),
-        (
-            settings.endpoint == "phases" and not 1 <= settings.phases <= coarsest,
-            f"consistency.phases={settings.phases} must lie in [1, {coarsest}], the steps of the "
-            "coarsest grid",
-        ),
-        (
-            not 1 <= settings.grid_steps <= 1000,
-            f"consistency.grid_steps={settings.grid_steps} must lie in [1, 1000]",
-        ),
-        (
-            not 0 <= settings.first_grid_steps <= settings.grid_steps,
-            f"consistency.first_grid_steps={settings.first_grid_steps} must lie in "
-            f"[0, {settings.grid_steps}] (grid_steps): the grid becomes finer, not coarser",
-        ),
-        (
-            not 0 <= settings.target_decay < 1,
-            f"consistency.target_decay={settings.target_decay} must lie in [0, 1)",
-        ),
-        (
-            settings.distance_c <= 0,
-            f"consistency.distance_c={settings.distance_c} must be above 0",
-        ),
-    ]
-    for is_wrong, message in wrong:
-        if is_wrong:
-            raise RequestError(message)

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ...checkpoints.config import write_json
 from ...models.unet import UNet2DConditionModel
 from ...models.vae import AutoencoderKL
 from ...pipelines.catalog import StableDiffusionPipeline
 from ...schedulers import DDIMScheduler
 from ..config import Recipe, TeacherPhase
+from ..data.epochs import Epochs
 from ..draws import Draws
+from ..loop import Phase
 from ..objectives import diffusion_loss
-from ..scenes import batch_indices, encoded_scenes, sampler_of, tokenize
+from ..scenes import encoded_scenes, sampler_of, tokenize
 from .sheets import grid
 
 SHEET_PROMPTS = 24
 
 
-class Teacher:
+class Teacher(Phase):
     """Trains UNet and text encoder together on encoded scenes, with empty captions now and then."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
@@ -36,6 +39,7 @@ class Teacher:
         self.vae = AutoencoderKL.from_pretrained(root / "autoencoder" / "vae").to(device)
         self.tokenizer = CLIPTokenizer.from_pretrained(root / "text" / "tokenizer")
         self.data = encoded_scenes(recipe, root / "latents", self.vae, self.tokenizer)
+        self.epochs = Epochs([np.arange(len(self.data))], recipe.seed)
         self.empty = torch.from_numpy(tokenize(self.tokenizer, [""])).long().to(device)
         self.scheduler = DDIMScheduler(**self.settings.scheduler)
         self.schedule = self.scheduler.noise_schedule.to(device)
@@ -44,14 +48,12 @@ class Teacher:
         torch.manual_seed(recipe.seed)  # the initial weights
         self.unet = UNet2DConditionModel(**self.settings.model).to(device).train()
         self.trained = {"unet": self.unet, "text_encoder": self.text_encoder}
-        self.kept: dict[str, nn.Module] = {}
 
     def loss(self, step: int, part: range) -> Tensor:
-        seed, batch = self.recipe.seed, self.recipe.run.batch
-        rows = batch_indices(step, batch, len(self.data), seed)[part.start : part.stop]
+        rows = self.epochs.rows(step, self.recipe.run.batch)[part.start : part.stop]
         z = torch.from_numpy(self.data.z[rows]).to(self.device).float()
         tokens = torch.from_numpy(self.data.tokens[rows]).long().to(self.device)
-        draws = Draws(seed, step, part, self.device)
+        draws = Draws(self.recipe.seed, step, part, self.device)
         noise = draws.normal(z.shape[1:])
         t = draws.times(len(self.schedule), self.settings.time_power)
         dropped = draws.uniform() < self.settings.empty_captions
@@ -62,9 +64,6 @@ class Teacher:
             return self.unet(z, t, text).sample
 
         return diffusion_loss(network, z, noise, t, self.schedule, self.settings.min_snr)
-
-    def after_step(self, step: int) -> None:
-        pass
 
     def show(self) -> tuple[Image.Image, dict[str, float]]:
         """DDIM at 20 steps, guidance 3, of one row of prompts."""
@@ -86,10 +85,8 @@ class Teacher:
     def finish(self, folder: Path, figures: Mapping[str, float]) -> None:
         """Write the teacher as a pipeline folder, which any loader of diffusers' layout can use."""
         self.pipeline().save_pretrained(folder / "pipeline")
-        (folder / "figures.json").write_text(json.dumps({"samples": self.samples()}) + "\n")
-
-    def samples(self) -> int:
-        return self.recipe.run.steps * self.recipe.run.batch
+        run = self.recipe.run
+        write_json({"samples": run.steps * run.batch}, folder / "figures.json")
 
 
 def sheet_of(pipe: StableDiffusionPipeline, recipe: Recipe, **request: Any) -> Image.Image:

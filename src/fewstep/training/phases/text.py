@@ -20,14 +20,18 @@ from torch.nn import functional as F
 
 from ...errors import RequestError
 from ..config import Recipe, TextPhase
+from ..data.epochs import Epochs
 from ..emoji.captions import caption_corpus, keyword_phrases
-from ..scenes import batch_indices, sampler_of, save_array, tokenize
+from ..loop import Phase
+from ..scenes import sampler_of, save_array, tokenize
+from ..sentences import SentenceEncoder
 from ..tokenizer import train_tokenizer
 
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
+CAPTION_TOKENS = 64  # at most, that the sentence encoder reads
 
 
-class TextAlignment:
+class TextAlignment(Phase):
     """Trains a CLIPTextModel to agree with a sentence encoder on captions and keywords."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
@@ -44,6 +48,7 @@ class TextAlignment:
         self.tokenizer = train_tokenizer(
             self.captions, model["vocab_size"], model["max_position_embeddings"], folder / TOKENIZER
         )
+        self.epochs = Epochs([np.arange(len(self.captions))], recipe.seed)
         self.tokens = tokenize(self.tokenizer, self.captions)
         self.goals = sentence_embeddings(self.captions, self.settings.sentence_encoder, folder)
         torch.manual_seed(recipe.seed)  # the initial weights
@@ -56,13 +61,11 @@ class TextAlignment:
         self.text_encoder = cast(nn.Module, text_encoder).to(device)
         self.head = nn.Linear(model["hidden_size"], self.goals.shape[1]).to(device)
         self.trained = {"text_encoder": self.text_encoder, "head": self.head}
-        self.kept: dict[str, nn.Module] = {}
         self.text_encoder.train()
 
     def loss(self, step: int, part: range) -> Tensor:
         """One minus the cosine of head and sentence embedding, plus InfoNCE over the batch."""
-        count, batch = len(self.captions), self.recipe.run.batch
-        rows = batch_indices(step, batch, count, self.recipe.seed)[part.start : part.stop]
+        rows = self.epochs.rows(step, self.recipe.run.batch)[part.start : part.stop]
         goal = torch.from_numpy(self.goals[rows]).float().to(self.device)
         mine = self.embed(self.tokens[rows]).float()
         cosine = 1 - (mine * goal).sum(1).mean()
@@ -74,9 +77,6 @@ class TextAlignment:
         """Normalised sentence embeddings (B, D) of token ids (B, L)."""
         ids = torch.from_numpy(tokens).long().to(self.device)
         return F.normalize(self.head(self.text_encoder(ids).pooler_output), dim=1)
-
-    def after_step(self, step: int) -> None:
-        pass
 
     def show(self) -> tuple[Image.Image, dict[str, float]]:
         """For some words that are no captions, the nearest captions."""
@@ -96,30 +96,19 @@ class TextAlignment:
         cast(Any, self.text_encoder).save_pretrained(folder / TEXT_ENCODER)
 
 
-@torch.no_grad()
 def sentence_embeddings(captions: list[str], encoder: str, folder: Path) -> np.ndarray:
     """Normalised embeddings (N, D) float16 of captions by a sentence encoder.
 
     They are kept in `folder`, in a file named for the encoder and the captions.
     """
-    from transformers import AutoModel, AutoTokenizer
-
     key = hashlib.sha256("\n".join([encoder, *captions]).encode()).hexdigest()[:16]
     cache = folder / f"sentences-{key}.npy"
     if cache.exists():
         return np.load(cache)
-    folder = sentence_encoder_folder(encoder)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    encode = SentenceEncoder(sentence_encoder_folder(encoder), CAPTION_TOKENS)
     unique = sorted(set(captions), key=lambda c: (len(c), c))  # alike lengths pad less
-    vectors: dict[str, np.ndarray] = {}
-    for start in range(0, len(unique), 256):
-        batch = unique[start : start + 256]
-        inputs = tokenizer(batch, padding=True, truncation=True, max_length=64, return_tensors="pt")
-        mask = inputs.attention_mask[..., None]
-        states = model(**inputs).last_hidden_state * mask
-        pooled = F.normalize(states.sum(1) / mask.sum(1), dim=1).half().numpy()
-        vectors.update(zip(batch, pooled, strict=True))
+    found = encode(unique, batch_size=256).astype(np.float16)
+    vectors = dict(zip(unique, found, strict=True))
     embedded = np.stack([vectors[caption] for caption in captions])
     save_array(cache, embedded)
     return embedded
