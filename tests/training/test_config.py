@@ -59,3 +59,8 @@ def test_a_section_may_turn_a_model_into_a_lora():
     recipe = load_recipe("lcm_sd15", ["consistency.lora.rank=8"])
     assert recipe.settings.lora.rank == 8
     assert recipe.settings.lora.alpha == 64.0
+
+
+def test_an_entry_outside_of_its_section_is_told_where_it_belongs():
+    with pytest.raises(RequestError, match=r"did you mean 'optimizer\.lr'"):
+        load_recipe("lcm_sd15", ["lr=1e-4"])

@@ -305,3 +305,25 @@ def test_frozen_weights_of_half_the_size_change_nothing(
         with torch.autocast("cpu", torch.bfloat16):
             losses.append(phase.loss(0, range(4)))
     assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize(
+    ("run", "settings", "message"),
+    [
+        ({}, {"w_max": 9.0}, r"consistency.w_max was 8.0, is 9.0; give another folder"),
+        ({"steps": 2}, {}, r"run.steps=2, but the run in .* has done 3 steps"),
+    ],
+)
+def test_a_folder_with_a_run_of_another_recipe_is_refused(
+    run: dict[str, Any],
+    settings: dict[str, Any],
+    message: str,
+    sd_folder: Path,
+    tmp_path: Path,
+) -> None:
+    folder = train(recipe(sd_folder, tmp_path))
+    written = (folder / "recipe.json").read_text()
+    with pytest.raises(RequestError, match=message):
+        train(recipe(sd_folder, tmp_path, run, **settings))
+    assert (folder / "recipe.json").read_text() == written
+    train(recipe(sd_folder, tmp_path, {"steps": 4, "checkpoint_minutes": 1.0}))

@@ -163,3 +163,14 @@ def test_the_average_is_in_place_within_its_context_only() -> None:
     with average.in_place():
         assert torch.equal(net.weight, before)
     assert torch.equal(net.weight, before + 1)
+
+
+def test_the_first_ctrl_c_asks_and_the_second_insists() -> None:
+    from fewstep.training.interruption import stopping
+
+    with stopping() as stopped:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopped()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -129,6 +129,11 @@ def convert_file(source: str, output: str, form: Format | None, model: str | Non
     from ..training.convert import convert_lora
     from .additions import parts_of
 
+    if form is None and not Path(source).exists():
+        raise RequestError(
+            f"{source} is not there; give a run's folder, its checkpoint.safetensors or a LoRA, "
+            "and for a LoRA on the hub --format kohya or --format diffusers"
+        )
     if form is None:
         raise RequestError(f"{source} is a LoRA; give --format kohya or --format diffusers")
     check_output(output)

@@ -98,6 +98,8 @@ class Loaded:
         is_lcm = isinstance(self.pipe.scheduler, LCMScheduler)
         if self.model.id == EMBEDDED.name:
             guidance = EMBEDDED_GUIDANCE
+        elif noted := self.pipe.unet.config.get("_guidance"):  # by our own training
+            guidance = noted.get("scale", guidance)
         elif is_lcm and not self.pipe.is_embedded:
             guidance = 1.0  # distilled with the guidance in it, as LCM-LoRAs are
         return 4 if is_lcm else steps, guidance

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from .estimates import Estimate, estimate, size_of, unet_of
 from .export import require_token
 from .parallel import check_shard
 from .ranks import Ranks
+from .state import newest
 from .trackers import check_trackers
 
 SMALL = 50_000_000  # parameters
@@ -34,6 +37,7 @@ def checks_of(recipe: Recipe, device: torch.device, devices: int) -> list[Callab
         lambda: check_trackers(run.trackers),
         lambda: check_optimizer(recipe.optimizer, device),
         lambda: check_writable(recipe.output),
+        lambda: check_unchanged(recipe),
     ]
     if isinstance(settings, FromBase):
         checks.append(lambda: check_parts(settings))
@@ -108,6 +112,66 @@ def check_optimizer(optimizer: Optimizer, device: torch.device) -> None:
             f"optimizer.kind={optimizer.kind!r} needs bitsandbytes; pip install bitsandbytes, or "
             "set optimizer.kind=adamw"
         )
+
+
+# What a run that goes on may have changed: where and how fast it runs, and what it tells.
+FREE = (
+    "folder",
+    "name",
+    "run.steps",
+    "run.accumulate",
+    "run.device",
+    "run.threads",
+    "run.gradient_checkpointing",
+    "run.compile",
+    "run.shard",
+    "run.checkpoint_minutes",
+    "run.sheet_steps",
+    "run.trackers",
+    "data.workers",
+    "data.cache",
+    "settings.sheet",
+    "settings.output",
+)
+
+
+def check_unchanged(recipe: Recipe) -> None:
+    """Raises RequestError if the folder holds a checkpoint of another recipe, or of more steps."""
+    folder = recipe.output
+    path, done = newest(folder)
+    if path is None:
+        return
+    if recipe.run.steps < done:
+        raise RequestError(
+            f"run.steps={recipe.run.steps}, but the run in {folder} has done {done} steps; give "
+            "another folder by --output, or delete it to start afresh"
+        )
+    stored = folder / "recipe.json"
+    if not stored.is_file():
+        return
+    before = flat(json.loads(stored.read_text(encoding="utf-8")))
+    now = flat(json.loads(json.dumps(asdict(recipe), default=dict)))
+    changed = [
+        f"{key.replace('settings.', f'{recipe.phase}.', 1)} was {before[key]!r}, is {value!r}"
+        for key, value in now.items()
+        if key in before and before[key] != value and not key.startswith(FREE)
+    ]
+    if changed:
+        raise RequestError(
+            f"{folder} holds a run of another recipe: {'; '.join(changed)}; give another folder by "
+            "--output, or delete it to start afresh"
+        )
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Entries of nested tables by their dotted paths."""
+    entries: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            entries |= flat(value, f"{prefix}{key}.")
+        else:
+            entries[f"{prefix}{key}"] = value
+    return entries
 
 
 def check_settings(settings: ConsistencyPhase) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -295,6 +295,20 @@ def place_of(name: str, folder: str) -> str:
     return str(EMBEDDED) if name in OWN_BASES else placed(name, folder)
 
 
+def refuse_misplaced(table: Mapping[str, Any], source: str) -> None:
+    """Raises RequestError for entries that stand outside of their section, and names it."""
+    sections = {"optimizer": Optimizer, "run": Run, "consistency": ConsistencyPhase}
+    places = {f"{s}.{each.name}" for s, kind in sections.items() for each in fields(kind)}
+    known = {each.name for each in fields(Recipe)} - {"settings"} | set(PHASES)
+    for key in table:
+        if key in known:
+            continue
+        near = [place for place in sorted(places) if place.endswith(f".{key}")]
+        near += difflib.get_close_matches(key, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f" (known: {sorted(known)})"
+        raise RequestError(f"{source}: unknown key {key!r}{hint}")
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
@@ -327,6 +341,7 @@ def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
 def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:
     """A recipe's table as dataclasses; the section named like its phase holds its settings."""
     table = dict(table)
+    refuse_misplaced(table, source)
     phase = table.get("phase")
     if phase not in PHASES:
         raise RequestError(f"{source}: phase must be one of {list(PHASES)}, got {phase!r}")

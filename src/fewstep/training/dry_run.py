@@ -94,7 +94,8 @@ def count(recipe: Recipe) -> Counts:
     counts = survey(open_source(recipe, memory), recipe.data, memory).counts
     if recipe.data.held_out >= counts.kept:
         raise RequestError(
-            f"data.held_out={recipe.data.held_out} leaves nothing of {counts.kept} pictures"
+            f"data.held_out={recipe.data.held_out} leaves nothing of {counts.kept} pictures; "
+            "set data.held_out=0"
         )
     return counts
 

@@ -190,6 +190,7 @@ def note_guidance(folder: Path, settings: ConsistencyPhase, embedded: bool) -> N
         "low": settings.w_min,
         "high": settings.w_max,
         "input": embedded,
+        "scale": settings.sheet.guidance_scale,  # to draw with where nothing else is asked for
     }
     path = folder / CONFIG_NAME
     write_json(read_json(path) | {GUIDANCE_KEY: note}, path)

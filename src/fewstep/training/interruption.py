@@ -1,4 +1,4 @@
-"""Runs that are asked to end: SIGTERM, by which clusters announce that they take a machine away."""
+"""Runs that are asked to end: by Ctrl-C, or by SIGTERM, with which clusters take a machine away."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ class StoppedError(FewstepError):
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Within this context SIGTERM ends nothing; the value tells whether it has come.
+    """Within this context the first signal ends nothing; the value tells whether it has come.
 
-    Python lets only the main thread listen; in any other (Ray's) the value stays False.
+    A second Ctrl-C interrupts at once. Python lets only the main thread listen; in any other
+    (Ray's) the value stays False.
     """
     come = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:
+        if come.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
         come.set()
 
     if threading.current_thread() is not threading.main_thread():
         yield come.is_set
         return
-    before = signal.signal(signal.SIGTERM, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield come.is_set
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -143,7 +143,7 @@ def train_phase(
 ) -> None:
     """Train to the recipe's number of steps, going on from the checkpoint in `folder` if any.
 
-    Raises StoppedError, after a checkpoint, if SIGTERM asks to end before.
+    Raises StoppedError, after a checkpoint, if Ctrl-C or SIGTERM asks to end before.
     """
     run, ranks = recipe.run, ranks or Ranks()
     ranks.check(run.batch, run.accumulate)
@@ -206,7 +206,7 @@ def train_phase(
                     state.save(folder, done)
                     saved_at = time.monotonic()
                 if done < run.steps and stop:
-                    raise StoppedError(f"stopped by SIGTERM after step {done} of {run.steps}")
+                    raise StoppedError(f"stopped after step {done} of {run.steps}")
             if run.sheet_steps and done % run.sheet_steps == 0 and done < run.steps:
                 show(f"sheet-{done:06d}.png", done)
         state.save_whole(folder, run.steps)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import EMBEDDED
 from ..checkpoints.known import FAMILIES
 from ..checkpoints.locate import Source
 from ..checkpoints.lora_formats import (
@@ -27,9 +28,13 @@ from ..models.base import CONFIG_NAME
 from ..models.lora import misfit, targets
 from ..models.single_file import known_config, recognised
 from ..models.unet import UNet2DConditionModel
+from ..pipelines.embedded import TEACHER
+from .config import OWN_BASES
 
 # Text channels of a UNet -> the name of a family whose modules are called as its own.
 KNOWN = {768: "sd1", 1024: "sd2-base", 1280: "sdxl-refiner", 2048: "sdxl"}
+EMBEDDED_CHANNELS = 192  # of the embedded model and its teacher
+OWN = (EMBEDDED.name, TEACHER.name, *OWN_BASES)  # names of theirs, in commands and in recipes
 TEXT_LAYER = (
     *(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")),
     "mlp.fc1",
@@ -88,6 +93,8 @@ def architecture(tensors: Mapping[str, Tensor], model: str | None = None) -> Arc
         return of_model(model)
     channels = text_channels(tensors)
     known = KNOWN.get(min(channels)) if channels else None
+    if channels and min(channels) == EMBEDDED_CHANNELS:
+        return of_model(EMBEDDED.name)
     if known is None:
         told = f"reads texts of {min(channels)} channels" if channels else "changes no layer of it"
         raise RequestError(
@@ -106,6 +113,7 @@ def of_configs(configs: Mapping[str, Mapping[str, Any]]) -> Architecture:
 
 def of_model(model: str) -> Architecture:
     """The architecture of a model; none of its weights is read."""
+    model = str(EMBEDDED) if model in OWN else model
     if model.endswith(".safetensors"):
         return of_configs(FAMILIES[recognised(SingleFile.open(find_file(model)))].configs)
     places = [n for n in ("unet", *TEXT_ENCODERS) if f"{n}/{CONFIG_NAME}" in Source(model).names()]

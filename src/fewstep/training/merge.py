@@ -17,18 +17,21 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import schedulers
+from .. import EMBEDDED, schedulers
 from ..checkpoints.lora_formats import Change, Changes
 from ..checkpoints.lora_writing import Form, rank_of, write_lora_file
 from ..errors import RequestError
 from ..models.lora import scale_of
 from ..pipelines.base import DiffusionPipeline
+from ..pipelines.embedded import TEACHER, embedded_teacher
+from .config import EMBEDDED_TEACHER
 from .export import add_half, halved, new_folder
-from .lora_names import architecture, read_changes, read_named
+from .lora_names import OWN, architecture, read_changes, read_named
 
 PLAIN = ({"down", "up"}, {"down", "up", "mid"})
 
@@ -193,6 +196,15 @@ def errors(lost: Iterable[tuple[float, float]]) -> tuple[float, float]:
 # ── into a model ──
 
 
+def pipeline_of(model: str) -> Any:
+    """The pipeline of a folder, a hub repository, a single file, or a name of the package's own."""
+    if model in (TEACHER.name, EMBEDDED_TEACHER):
+        return embedded_teacher()
+    if model.endswith(".safetensors"):
+        return DiffusionPipeline.from_single_file(model)
+    return DiffusionPipeline.from_pretrained(EMBEDDED if model in OWN else model)
+
+
 def merge_into_model(
     terms: Sequence[Term],
     model: str,
@@ -209,8 +221,7 @@ def merge_into_model(
     output = Path(output)
     if output.exists():
         raise RequestError(f"output={str(output)!r} exists; give a new folder, or delete it")
-    load = "from_single_file" if model.endswith(".safetensors") else "from_pretrained"
-    pipe = getattr(DiffusionPipeline, load)(model)
+    pipe = pipeline_of(model)
     names = [f"lora_{number}" for number in range(1, len(terms) + 1)]
     for name, term in zip(names, terms, strict=True):
         with warnings.catch_warnings():
