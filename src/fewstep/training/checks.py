@@ -217,6 +217,13 @@ def check_settings(settings: ConsistencyPhase) -> None:
             "coarsest grid",
         ),
         (
+            settings.endpoint == "phases"
+            and settings.phases > 0
+            and (settings.grid_steps % settings.phases > 0 or coarsest % settings.phases > 0),
+            f"consistency.phases={settings.phases} must divide grid_steps={settings.grid_steps} "
+            "and first_grid_steps: the sampler steps from edge to edge; set grid_steps=40",
+        ),
+        (
             not 1 <= settings.grid_steps <= 1000,
             f"consistency.grid_steps={settings.grid_steps} must lie in [1, 1000]",
         ),
