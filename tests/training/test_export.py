@@ -220,6 +220,7 @@ def test_a_finished_model_draws_the_same_in_both_libraries(
         "low": 3.0,
         "high": 15.0,
         "input": True,
+        "scale": given.settings.sheet.guidance_scale,
     }
 
 

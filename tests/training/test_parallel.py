@@ -219,6 +219,7 @@ def test_shares_of_another_network_are_refused(
     dead: Path, base: Path, data: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(dead, tmp_path / "run")
+    next((tmp_path / "run").rglob("recipe.json")).unlink()  # it would tell before
     other = many.student(base, data, tmp_path / "run", FULL | {"guidance_dim": 8})
     with pytest.raises(CheckpointError, match="belongs to other networks"):
         run.train(other)
