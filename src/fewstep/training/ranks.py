@@ -5,6 +5,7 @@ torchrun or Ray start them and tell each its place in the environment. Without t
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,6 +107,10 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         dist.init_process_group(backend, timeout=PATIENCE)
     yield Ranks(dist.get_rank(), dist.get_world_size(), local), device
     if not connected:  # after an error the process ends, and the others see it
+        # What averages gradients holds on to the group, and a process that leaves before the others
+        # may abort: one in four runs of two processes did.
+        gc.collect()
+        dist.barrier()
         dist.destroy_process_group()
 
 
