@@ -51,6 +51,7 @@ def test_a_gradient_may_be_left_as_it_is() -> None:
         ("emoji64_edges", "run.gradient_checkpointing=true", "not read by the phase 'adapter'"),
         ("emoji64_edges", "data.held_out=0", "data.held_out=0, but the sheets show held-out"),
         ("emoji64_edges", "adapter.sheet.prompts=[]", r"adapter.sheet.prompts is empty; give some"),
+        ("emoji64_edges", "adapter.sheet.guidance_scale=4.0", "set teacher_guidance_scale in its"),
         ("emoji64_lcd", "consistency.sheet.prompts=[]", "run.sheet_steps=0"),
         ("emoji64_lcd", "consistency.sheet.steps=[4, 60]", "consistency.sheet.steps: .*60"),
         ("emoji64_lcd", "consistency.sheet.steps=[0]", "consistency.sheet.steps: "),

@@ -248,6 +248,10 @@ def test_a_killed_and_resumed_distillation_equals_an_uninterrupted_one(
         ({"endpoint": "phases", "phases": 60}, r"must lie in \[1, 50\]"),
         ({"endpoint": "phases", "phases": 4}, "must divide grid_steps=50"),
         ({"first_grid_steps": 60}, "finer, not coarser"),
+        (
+            {"lora": LORA, "method": "denoising", "solver": "dpm_solver_2"},
+            "reads none of them",
+        ),
         ({"target_decay": 1.0}, r"must lie in \[0, 1\)"),
         ({"distance_c": 0.0}, "above 0"),
     ],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import CheckpointError, RequestError
+from .options import OverridesArgument, RecipeArgument
 
 if TYPE_CHECKING:
     from ..training.config import Recipe
@@ -22,14 +23,8 @@ EPILOG = (
 
 
 def cache(
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE", help="A name that `fewstep recipes` lists, or a file."),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Entries of the recipe to replace."),
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Where all phases are. Default: the recipe's own."),

@@ -112,6 +112,14 @@ class Grouped(TyperCommand):
 
 # ── of several commands ──────────────────────────────────────────────────────────────────────────
 
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A name that `fewstep recipes` lists, or a file."),
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Entries of the recipe to replace."),
+]
 ModelOption = Annotated[
     str | None,
     typer.Option(

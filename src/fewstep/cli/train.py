@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import OverridesArgument, RecipeArgument
+
 if TYPE_CHECKING:
     from ..training.config import Recipe
 
@@ -25,14 +27,8 @@ EPILOG = (
 
 def train(
     context: typer.Context,
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE", help="A name that `fewstep recipes` lists, or a file."),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Entries of the recipe to replace."),
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Where all phases go. Default: the recipe's own."),

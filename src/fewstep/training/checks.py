@@ -17,7 +17,15 @@ from ..errors import FewstepError, RequestError
 from .bases import base_of, check_family
 from .capacity import check_memory
 from .card import sampler
-from .config import EMBEDDED_TEACHER, ConsistencyPhase, FromBase, Optimizer, Recipe
+from .config import (
+    EMBEDDED_TEACHER,
+    AdapterPhase,
+    ConsistencyPhase,
+    FromBase,
+    Optimizer,
+    Recipe,
+    Sheet,
+)
 from .estimates import Estimate, estimate, size_of, unet_of
 from .export import require_token
 from .parallel import check_shard
@@ -43,6 +51,8 @@ def checks_of(recipe: Recipe, device: torch.device, devices: int) -> list[Callab
         checks.append(lambda: check_parts(settings))
         if run.sheet_steps:
             checks.append(lambda: check_sheet(recipe))
+    if isinstance(settings, AdapterPhase):
+        checks.append(lambda: check_adapter_sheet(settings))
     if isinstance(settings, ConsistencyPhase):
         checks.append(lambda: check_settings(settings))
         if settings.output.push_to:
@@ -72,6 +82,17 @@ def check_parts(settings: FromBase) -> None:
             raise RequestError(
                 f"{name}={value!r} cannot go with base={settings.base!r}; leave it out, or give "
                 "another base"
+            )
+
+
+def check_adapter_sheet(settings: AdapterPhase) -> None:
+    """Raises RequestError for what a sheet says of a student, which an adapter has not."""
+    usual = Sheet(())
+    for name in ("steps", "guidance_scale"):
+        if (value := getattr(settings.sheet, name)) != getattr(usual, name):
+            raise RequestError(
+                f"adapter.sheet.{name}={value!r} is of a student, and an adapter's sheets are "
+                f"drawn by its base; set teacher_{name} in its place"
             )
 
 
@@ -210,6 +231,14 @@ def check_settings(settings: ConsistencyPhase) -> None:
             != ("zero", "stopgrad", 0),
             "consistency.method='denoising' leads to no endpoint, has no target and no guidance "
             "input; set consistency.endpoint=zero, target=stopgrad, guidance_dim=0",
+        ),
+        (
+            settings.method == "denoising"
+            and (settings.solver, settings.solver_guidance, settings.distance)
+            != ("ddim", True, "pseudo_huber"),
+            f"consistency.solver={settings.solver!r}, "
+            f"solver_guidance={settings.solver_guidance}, distance={settings.distance!r}: the "
+            "denoising loss reads none of them; leave them out",
         ),
         (
             settings.endpoint == "phases" and not 1 <= settings.phases <= coarsest,
