@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from fewstep import DiffusionPipeline, UNet2DConditionModel
 from fewstep.errors import CheckpointError, RequestError
 from fewstep.training import run
+from fewstep.training.convert import convert_run
 from fewstep.training.interruption import StoppedError
 from fewstep.training.parallel import check_shard
 from fewstep.training.phases.consistency import Consistency
@@ -191,6 +192,15 @@ def test_shares_are_kept_in_safetensors_files_alone(dead: Path) -> None:
     assert path is not None
     assert (path.name, step) == ("checkpoint-000002", 2)
     assert {file.suffix for file in path.iterdir()} == {".safetensors"}
+
+
+def test_shares_that_an_ended_run_left_can_be_converted(dead: Path, tmp_path: Path) -> None:
+    run_folder = dead / "consistency"
+    written = convert_run(run_folder, tmp_path / "out")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet").state_dict()
+    assert written
+    kept = read_weights(run_folder)["unet.conv_in.weight"]
+    assert torch.equal(unet["conv_in.weight"], kept)
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -31,17 +31,17 @@ from .config import (
 )
 from .export import add_half, lora_metadata, note_guidance, write_lora
 from .lora_names import architecture, read_changes, read_named, unet_config
-from .state import NAME
+from .state import FOLDERS, NAME, newest, read_weights
 
 Weights = Literal["average", "online"]
-PREFIXES: Mapping[str, str] = {"average": "average/", "online": "parameter/"}
+KINDS: Mapping[str, str] = {"average": "average", "online": "parameter"}  # in a checkpoint
 RECIPE_NAME, UNET_CONFIG_NAME = "recipe.json", "unet_config.json"
 ENDS = (".lora_down.weight", ".lora_up.weight")
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a run trained: its checkpoint file, and its recipe if that is known."""
+    """What a run trained: its checkpoint, and its recipe if that is known."""
 
     path: Path
     recipe: Recipe | None
@@ -52,12 +52,11 @@ class Trained:
         return self.path.parent
 
     def weights(self, network: str, kind: Weights) -> dict[str, Tensor]:
-        """The tensors of a network by name, mapped: the averaged ones, or the last."""
-        stored = dict(read_tensors([self.path]))
-        start = f"{PREFIXES[kind]}{network}."
+        """The tensors of a network by name: the averaged ones, or the last."""
+        stored, start = read_weights(self.path, KINDS[kind]), f"{network}."
         found = {k.removeprefix(start): t for k, t in stored.items() if k.startswith(start)}
         if not found:
-            names = {k.partition("/")[2].partition(".")[0] for k in stored if k.startswith("para")}
+            names = {key.partition(".")[0] for key in stored}
             raise RequestError(
                 f"--save-keys {network}: this run trained {', '.join(sorted(names)) or 'nothing'} "
                 "alone; take the other parts from the base"
@@ -105,8 +104,9 @@ def open_run(place: str | Path, config: str | None = None) -> Trained:
             "read; convert it with the library that wrote it (diffengine: `diffengine convert`), "
             "whose folder fewstep loads"
         )
-    path = path / NAME if path.is_dir() else path
-    if not path.is_file():
+    if path.is_dir() and not path.match(FOLDERS):
+        path = newest(path)[0] or path / NAME
+    if not path.exists():
         inner = sorted(p.parent.name for p in path.parent.glob(f"*/{NAME}"))
         hint = f"; there are runs in it: {', '.join(inner)}" if inner else ""
         raise CheckpointError(f"there is no run at {str(place)!r}: it has no {NAME}{hint}")
@@ -203,7 +203,7 @@ def is_run(place: str) -> bool:
     """Whether a place is a run's: a folder, a pickled file, or a checkpoint, not a LoRA."""
     path = Path(place)
     if path.is_dir():
-        return (path / NAME).exists() or not any(path.glob("*.safetensors"))
+        return newest(path)[0] is not None or not any(path.glob("*.safetensors"))
     if place.lower().endswith(PICKLED):
         return True
     return path.is_file() and any(name.startswith("parameter/") for name, _ in read_tensors([path]))

@@ -238,11 +238,14 @@ def remove_others(folder: Path, kept: Path) -> None:
             remove(path)
 
 
-def read_weights(run: Path, weights: str = "average") -> dict[str, Tensor]:
-    """The averaged (`average`) or last (`parameter`) weights of a run's checkpoint, by name."""
-    path, _ = newest(run)
+def read_weights(place: Path, weights: str = "average") -> dict[str, Tensor]:
+    """The averaged (`average`) or last (`parameter`) weights of a checkpoint, by name.
+
+    `place` is a checkpoint, whole or of shares, or the folder of a run, whose newest is taken.
+    """
+    path = place if place.is_file() or place.match(FOLDERS) else newest(place)[0]
     if path is None:
-        raise CheckpointError(f"{run} holds no checkpoint; run its recipe first")
+        raise CheckpointError(f"{place} holds no checkpoint; run its recipe first")
     found = {k: v for k, v in layout(path).items() if k.startswith(f"{weights}/")}
     tensors = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in found.items()}
     fill(path, tensors)
