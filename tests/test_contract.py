@@ -18,24 +18,31 @@ PACKAGE = Path(fewstep.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Part -> the parts that it may import. "fewstep" is the package's own `__init__`: two constants.
-BASE = {"errors", "outputs", "random"}
-BELOW_PIPELINES = BASE | {"diffusion", "checkpoints", "models", "schedulers"}
+BASE = {"errors", "imports", "outputs", "random"}
+BELOW_PIPELINES = BASE | {"diffusion", "checkpoints", "ops", "models", "schedulers"}
 MAY_IMPORT = {
     "errors": set(),
+    "imports": set(),
     "outputs": set(),
+    "metadata": set(),
     "random": {"errors"},
     "diffusion": BASE,
     "checkpoints": BASE,
-    "models": BASE | {"diffusion", "checkpoints"},
+    "kernels": {"errors"},
+    "ops": {"errors", "kernels"},
+    "models": BASE | {"diffusion", "checkpoints", "ops"},
     "schedulers": BASE | {"diffusion", "checkpoints"},
-    "pipelines": BELOW_PIPELINES | {"fewstep"},
+    "engine": BELOW_PIPELINES | {"kernels"},
+    "pipelines": BELOW_PIPELINES | {"engine", "fewstep"},
     "utils": BASE | {"pipelines"},
     "loaders": {"pipelines"},
     "annotate": BASE,
     "training": BELOW_PIPELINES | {"pipelines", "annotate", "fewstep"},
     "evaluation": BELOW_PIPELINES | {"pipelines", "training"},
+    "bench": BELOW_PIPELINES | {"pipelines", "fewstep"},
     "cli": BELOW_PIPELINES
-    | {"pipelines", "utils", "annotate", "training", "evaluation", "fewstep"},
+    | {"pipelines", "utils", "annotate", "metadata", "training", "evaluation", "bench"}
+    | {"fewstep"},
     "__main__": {"cli"},
 }
 

@@ -9,6 +9,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .imports import first_import
+
 __version__ = "0.1.0"
 
 EMBEDDED = Path(__file__).parent / "embedded" / "fewstep-emoji"  # a small model for any pipeline
@@ -152,7 +154,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    with first_import("torch"):
+        value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     globals()[name] = value
     return value
 

@@ -72,3 +72,19 @@ def test_unknown_names_are_refused_by_name():
 def test_a_time_outside_the_table_is_refused():
     with pytest.raises(RequestError, match="1000"):
         NoiseSchedule.from_betas(betas_for()).check_time(1000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("t", [-1, 0, 499, 999])
+def test_numbers_of_one_time_are_those_of_rows_and_may_meet_gradients(
+    t: int, dtype: torch.dtype
+) -> None:
+    schedule = NoiseSchedule.from_betas(torch.linspace(1e-4, 0.02, 1000))
+    z = torch.randn(2, 3, dtype=dtype)
+    rows = schedule.alpha_sigma(torch.tensor([t, t]), z)
+    for _ in range(2):  # made, then kept
+        with torch.inference_mode():
+            numbers = schedule.alpha_sigma(torch.tensor(t), z)
+        for number, row in zip(numbers, rows, strict=True):
+            assert number.shape == () and torch.equal(number.expand(2, 1), row)
+            (number * z.requires_grad_()).sum().backward()

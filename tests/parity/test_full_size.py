@@ -82,7 +82,7 @@ def test_a_full_size_lcm_equals_diffusers(tokenizer: Any, pool: Tensor) -> None:
     w = torch.randn(1, 256, generator=draw)
     expected, output = (unet(z, 759, text, timestep_cond=w).sample for unet in unets)
     assert output.std() > 0.01
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(output, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
     config = CLIPTextConfig(**TEXT_ENCODER)
     with torch.device("meta"):

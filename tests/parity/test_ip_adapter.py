@@ -291,4 +291,4 @@ def test_each_prompt_sees_the_picture(pair: Pair) -> None:
     )
     for row, prompt in enumerate(("a red cat", "a dog")):
         alone = latents(ours, prompt=prompt, generator=seeded(row + 1), ip_adapter_image=picture())
-        torch.testing.assert_close(both[row : row + 1], alone, rtol=0, atol=1e-5)
+        torch.testing.assert_close(both[row : row + 1], alone, rtol=1e-5, atol=1e-5)

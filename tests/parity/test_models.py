@@ -11,6 +11,7 @@ from conftest import LCM_UNET, LCM_VAE, UNET, VAE
 from torch import Tensor
 
 from fewstep import AutoencoderKL, CheckpointError, UNet2DConditionModel
+from fewstep.models.layers import Context
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -143,8 +144,8 @@ def test_control_residuals_give_what_diffusers_gives(tmp_path: Path) -> None:
     inputs = inputs_of(UNETS["sd1"], 8, 8)
     with torch.no_grad():
         text = inputs["encoder_hidden_states"]
-        temb = ours.embed(inputs["timestep"], inputs["sample"], text, None, None)
-        deepest, skips = ours.encode(ours.conv_in(inputs["sample"]), temb, text)
+        time = ours.time(inputs["timestep"], inputs["sample"], text)
+        deepest, skips = ours.encode(ours.conv_in(inputs["sample"]), time, Context(text))
     draw = torch.Generator().manual_seed(2)
 
     def like(x: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ def test_control_residuals_give_what_diffusers_gives(tmp_path: Path) -> None:
 
     inputs["down_block_additional_residuals"] = [like(skip) for skip in skips]
     inputs["mid_block_additional_residual"] = like(deepest)
-    torch.testing.assert_close(ours(**inputs).sample, theirs(**inputs).sample, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours(**inputs).sample, theirs(**inputs).sample, rtol=1e-5, atol=1e-5)
 
 
 def test_a_missing_or_surplus_weight_is_an_error(tmp_path: Path) -> None:
@@ -211,8 +212,8 @@ def test_vae_slices_and_tiles_as_diffusers_does(vaes: Any) -> None:
         vae.enable_slicing()
     torch.testing.assert_close(ours.decode(z).sample, whole, rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.encode(pictures).latent_dist.mean, mean, rtol=0, atol=1e-5)
-    for vae in (theirs, ours):
-        vae.enable_tiling()
+    theirs.enable_tiling()
+    ours.enable_tiling(exact=False)
     tiled = ours.decode(z).sample
     torch.testing.assert_close(tiled, theirs.decode(z).sample, rtol=0, atol=1e-5)
     torch.testing.assert_close(

@@ -77,7 +77,7 @@ def test_slices_are_equal_and_tiles_nearly(both: tuple[Any, Any, Path]) -> None:
     latents, picture = ours.encode(x).latents, ours.decode(ours.encode(x).latents).sample
     ours.enable_slicing()
     torch.testing.assert_close(ours.encode(x).latents, latents)
-    ours.enable_tiling(tile_size=64)
+    ours.enable_tiling(tile_size=64, exact=False)
     assert ours.encode(x).latents.shape == latents.shape
     tiled = ours.decode(latents).sample
     assert 0 < (tiled - picture).abs().max() < 0.2

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, RequestError
 from .config import replacing, write_json
@@ -20,6 +22,42 @@ from .legacy_names import modern_name, modern_shape
 from .locate import index_names, weights_name
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+# What constructors fill parameters with, by functions of nn.init or by tensors' own methods.
+FILLS = frozenset(
+    f"{name}_"
+    for name in [
+        "constant",
+        "fill",
+        "kaiming_normal",
+        "kaiming_uniform",
+        "normal",
+        "ones",
+        "trunc_normal",
+        "uniform",
+        "xavier_normal",
+        "xavier_uniform",
+        "zero",
+        "zeros",
+    ]
+)
+
+
+class Unfilled(TorchFunctionMode):
+    """Leaves tensors on the meta device as they are, which have no numbers to be filled with.
+
+    torch computes their shapes in Python otherwise, in modules that it imports for that.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function.__name__ in FILLS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return function(*args, **kwargs)
 
 
 def load_weights(
@@ -36,7 +74,7 @@ def load_weights(
 
     Raises CheckpointError for missing or surplus names and for shapes that differ.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         module = build()
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     state: dict[str, Tensor] = {}
@@ -64,6 +102,20 @@ def load_weights(
     left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not left, f"buffers {left} are in no file; create them with an explicit device"
     return module
+
+
+def read_ahead(files: Iterable[Path]) -> None:
+    """Asks the system to bring `files` from the disk into memory, while this process works on."""
+
+    def ask() -> None:
+        for path in wanted:
+            # A file that cannot be read is told of by its reader.
+            with suppress(OSError), path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    wanted = list(files)
+    if wanted and hasattr(os, "posix_fadvise"):
+        threading.Thread(target=ask, name="read ahead", daemon=True).start()
 
 
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:

@@ -19,13 +19,17 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import FewstepError
+from ..imports import first_import
+from .bench import benching
 from .evaluate import evaluating
 from .generate_options import (
     AdapterOption,
+    CompileOption,
     ControlImageOption,
     ControlNetOption,
     CountOption,
     DtypeOption,
+    FastOption,
     FramesOption,
     GridOption,
     GuidanceOption,
@@ -40,6 +44,7 @@ from .generate_options import (
     PreviewsOption,
     PreviewVaeOption,
     PromptsArgument,
+    QuantizeOption,
     RevisionOption,
     SchedulerOption,
     SeedOption,
@@ -193,6 +198,9 @@ def generate(
     vae: VaeOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
+    fast: FastOption = False,
+    compile: CompileOption = False,
     lora: LoraOption = None,
     controlnet: ControlNetOption = None,
     adapter: AdapterOption = None,
@@ -213,8 +221,9 @@ def generate(
 
     A file holds all that is needed to draw it again, which `fewstep repro` does.
     """
-    from .generate import Request
-    from .generate import generate as run
+    with first_import("torch"):
+        from .generate import Request
+        from .generate import generate as run
 
     run(
         Request(
@@ -248,6 +257,9 @@ def generate(
             preview_vae=preview_vae,
             device=device,
             dtype=dtype,
+            quantize=quantize,
+            fast=fast,
+            compile=compile,
             as_json=as_json,
             show=show,
         )
@@ -292,7 +304,8 @@ def repro(
 
     Prints whether the pixels are identical, with exit code 0, or by how much they differ, with 1.
     """
-    from .repro import repro as run
+    with first_import("torch"):
+        from .repro import repro as run
 
     return run(picture, out=out, force=force, model=model, image=image, device=device)
 
@@ -372,3 +385,4 @@ def info(
 
 app.add_typer(making)
 app.add_typer(evaluating)
+app.add_typer(benching)

@@ -6,7 +6,9 @@ import hashlib
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,9 @@ import torch
 from .. import EMBEDDED, __version__, schedulers
 from ..checkpoints.locate import Source as Checkpoint
 from ..errors import CheckpointError, FewstepError, RequestError, UnsupportedConfig
+from ..imports import first_import
 from ..models.base import WEIGHTS_STEM
+from ..pipelines.approximations import tiny_beside
 from ..pipelines.catalog import (
     AnimateDiffPipeline,
     AutoPipelineForImage2Image,
@@ -150,9 +154,10 @@ class Loaded:
             "num_inference_steps": picture.steps,
             "guidance_scale": picture.guidance_scale,
             "generator": torch.Generator("cpu").manual_seed(picture.seed),
-            "callback_on_step_end": step_end,
-            "callback_on_step_end_tensor_inputs": PreviewCallback.tensor_inputs,
         }
+        if watch is not None or not self.device.startswith("cuda"):  # there steps are one graph
+            request["callback_on_step_end"] = step_end
+            request["callback_on_step_end_tensor_inputs"] = PreviewCallback.tensor_inputs
         if picture.negative_prompt is not None:
             request["negative_prompt"] = picture.negative_prompt
         request |= self.arguments(picture, given)
@@ -210,9 +215,13 @@ def load(
     revision: str | None = None,
     variant: str | None = None,
     scheduler: str | None = None,
+    quantize: str | None = None,
+    fast: bool = False,
     additions: Sequence[Addition] = (),
 ) -> Loaded:
     """The model `name`, a hub repository or a folder, for a task; None is the embedded one.
+
+    `quantize` is a kind of that; `fast` turns on all approximations that gain here.
 
     Raises an error that names the option if something cannot be had.
     """
@@ -220,17 +229,21 @@ def load(
     name = EMBEDDED.name if name is None else name
     place = os.fspath(EMBEDDED) if name in (EMBEDDED.name, TEACHER.name) else name
     chosen = resolve_device(device)
+    beside = tiny_beside(place) if fast and all(a.kind != "vae" for a in additions) else None
+    if beside is not None:
+        additions = [*additions, Addition("vae", str(beside))]
     numbers = resolve_dtype(dtype, chosen)
     files = Checkpoint(place, subfolder="unet", revision=revision, variant=variant)
     networks = load_networks(additions, numbers)
     try:
-        if name == TEACHER.name:
-            pipe = TASKS[task].from_pipe(embedded_teacher(numbers), **networks)
-        else:
-            pipe = TASKS[task].from_pretrained(
-                place, torch_dtype=numbers, revision=revision, variant=variant, **networks
-            )
-        weights = fingerprint(files.weights(WEIGHTS_STEM))
+        with fingerprinted(files) as weights_of:
+            if name == TEACHER.name:
+                pipe = TASKS[task].from_pipe(embedded_teacher(numbers), **networks)
+            else:
+                pipe = TASKS[task].from_pretrained(
+                    place, torch_dtype=numbers, revision=revision, variant=variant, **networks
+                )
+            weights = weights_of()
     except UnsupportedConfig as error:
         raise UnsupportedConfig(f"--model {name}: {error}") from error
     except RequestError as error:  # a component that this task needs is neither there nor given
@@ -250,7 +263,37 @@ def load(
     attach(pipe, additions)
     found = with_fingerprints(additions)
     model = Model(name, type(pipe).__name__, weights, stored, revision, variant, found)
-    return Loaded(pipe.to(chosen), model, str(chosen), str(numbers).removeprefix("torch."))
+    approximate(pipe.to(chosen), quantize, fast)
+    return Loaded(pipe, model, str(chosen), str(pipe.unet.dtype).removeprefix("torch."))
+
+
+def approximate(pipe: Any, quantize: str | None, fast: bool) -> None:
+    """Turn on what was asked for, and print which approximations are on."""
+    if quantize is not None:
+        try:
+            pipe.quantize(quantize)
+        except RequestError as error:
+            raise RequestError(f"--quantize {error}") from error
+        print("approximations:", ", ".join(pipe.approximations), file=sys.stderr)
+    if fast:
+        pipe.enable_fast()
+
+
+@contextmanager
+def fingerprinted(files: Checkpoint) -> Iterator[Callable[[], str]]:
+    """What gives the fingerprint of a checkpoint's weights.
+
+    A folder's files are read while the block loads them; a repository's are here only then.
+    """
+
+    def found() -> str:
+        return fingerprint(files.weights(WEIGHTS_STEM))
+
+    if not Path(files.path).is_dir():
+        yield found
+        return
+    with ThreadPoolExecutor(1) as beside:
+        yield beside.submit(found).result
 
 
 def read_source(path: str, option: str = "--image") -> tuple[PIL.Image.Image, Source]:
@@ -307,7 +350,8 @@ def versions() -> dict[str, str]:
 
 def quiet_transformers() -> None:
     """No bars and notices: a command prints its result, and its own errors say what is wrong."""
-    from transformers.utils import logging
+    with first_import("transformers"):
+        from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

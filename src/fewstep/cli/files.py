@@ -20,6 +20,11 @@ STILL = (".png",)
 DURATION = 100  # milliseconds that a frame stands
 MOVING = (".png", ".webp", ".gif")
 NOTHING: Mapping[str, Any] = {}
+# PNG's lowest level takes a quarter of the usual one's time, which is longer than a GPU draws.
+ENCODING: Mapping[str, Mapping[str, Any]] = {
+    ".webp": {"lossless": True},
+    ".png": {"compress_level": 1},
+}
 
 
 def plan_files(
@@ -112,7 +117,7 @@ def save(
 ) -> None:
     """Writes frames to a stream in the format of a suffix; several play over and over."""
     first, *rest = frames
-    how: dict[str, Any] = {**told, "lossless": True} if suffix == ".webp" else dict(told)
+    how: dict[str, Any] = {**told, **ENCODING.get(suffix, {})}
     if rest:
         how |= {"save_all": True, "append_images": rest, "duration": DURATION, "loop": 0}
     first.save(stream, format=suffix.removeprefix(".").upper(), **how)

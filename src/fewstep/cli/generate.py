@@ -16,6 +16,7 @@ import PIL.Image
 import torch
 
 from ..errors import RequestError
+from ..pipelines.approximations import approximations_of
 from . import drawing
 from .additions import named
 from .drawing import Given, Loaded
@@ -63,6 +64,9 @@ class Request:
     preview_vae: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str | None = None
+    fast: bool = False
+    compile: bool = False
     as_json: bool = False
     show: bool | None = None
 
@@ -115,9 +119,14 @@ def generate(request: Request) -> None:
         dtype=request.dtype,
         revision=request.revision,
         variant=request.variant,
+        quantize=request.quantize,
+        fast=request.fast,
         scheduler=request.scheduler,
         additions=request.additions,
     )
+    if request.compile:
+        with drawing.option_names({"compile": "--compile"}):
+            loaded.pipe.compile()
     pictures = complete(request, seeds, loaded, given, first)
     records = records_of(loaded, pictures, request.grid)
     previews = None
@@ -311,6 +320,7 @@ def records_of(loaded: Loaded, pictures: Sequence[Picture], grid: bool) -> list[
             dtype=loaded.dtype,
             threads=torch.get_num_threads(),
             versions=drawing.versions(),
+            approximations=tuple(approximations_of(loaded.pipe)),
             columns=math.ceil(math.sqrt(len(group))),
         )
         for group in groups

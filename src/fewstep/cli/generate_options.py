@@ -12,11 +12,13 @@ from .options import (
     DRAWING,
     MODEL,
     OUTPUT,
+    QUANTIZATIONS,
     SCHEDULERS,
     START,
     VIDEO,
     dtype,
     guidance,
+    quantization,
     scheduler,
     size,
     strength,
@@ -59,12 +61,39 @@ SchedulerOption = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+QuantizeOption = Annotated[
+    Any,
+    typer.Option(
+        parser=quantization,
+        metavar="NAME",
+        help=f"The UNet in 8 bits, approximately: {', '.join(QUANTIZATIONS)}. int8 is quicker on "
+        "CPUs with AVX-512 VNNI, int8-weights only smaller, fp8 for GPUs.",
+        rich_help_panel=MODEL,
+    ),
+]
+FastOption = Annotated[
+    bool,
+    typer.Option(
+        "--fast",
+        help="Turn on every approximation that gains here: 16 bits, int8, and the tiny "
+        "autoencoder in the model's folder vae_tiny. Prints which, and why not the others.",
+        rich_help_panel=MODEL,
+    ),
+]
 DtypeOption = Annotated[
     str,
     typer.Option(
         parser=dtype,
         metavar="NAME",
         help="auto, float32, float16, bfloat16. auto: float32 on the CPU, else float16.",
+        rich_help_panel=MODEL,
+    ),
+]
+CompileOption = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the model while the first pictures are drawn; for many pictures on a GPU.",
         rich_help_panel=MODEL,
     ),
 ]

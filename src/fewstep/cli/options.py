@@ -30,6 +30,9 @@ SCHEDULERS = {
     "tcd": "TCDScheduler",
 }
 
+# How a UNet can be kept in 8 bits, as in engine/quantize.py.
+QUANTIZATIONS = ("int8", "int8-weights", "fp8")
+
 # ── what is typed ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -82,6 +85,13 @@ def dtype(text: str) -> str:
     if name not in ("auto", *short.values()):
         raise typer.BadParameter(f"{text!r} is unknown; give auto, float32, float16 or bfloat16")
     return name
+
+
+def quantization(text: str) -> str:
+    """The name of a kind of quantisation."""
+    if text.lower() not in QUANTIZATIONS:
+        raise typer.BadParameter(f"{text!r} is unknown; give one of {', '.join(QUANTIZATIONS)}")
+    return text.lower()
 
 
 def scheduler(text: str) -> str:

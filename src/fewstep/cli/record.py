@@ -1,9 +1,7 @@
 """What a picture was drawn from: frozen dataclasses, and their text in a file.
 
-The record is JSON, which is all that is needed to draw the picture again. A PNG has it under
-`fewstep`, a GIF as its comment, a WebP in EXIF's ImageDescription. PNG and WebP hold the same in
-the words of AUTOMATIC1111's web UI too, where many programs look: `parameters`, and EXIF's
-UserComment. Imports neither torch nor the networks, so records are read in milliseconds.
+The record is JSON, which is all that is needed to draw the picture again; `metadata.py` says where
+in a file it is. Imports neither torch nor the networks, so records are read in milliseconds.
 """
 
 from __future__ import annotations
@@ -17,13 +15,11 @@ from typing import Any
 import PIL.Image
 from PIL.PngImagePlugin import PngInfo
 
+from .. import metadata
 from ..errors import RequestError
 
-FORMAT = 2  # of the JSON; a newer one is refused. 2 added what stands beside the first model
-KEY = "fewstep"
-MARK = f"{KEY} "  # before the JSON, where other programs write their own texts
-# EXIF's tags, and its name of the encoding of the text that follows.
-IMAGE_DESCRIPTION, EXIF_IFD, USER_COMMENT, UTF_16 = 0x010E, 0x8769, 0x9286, b"UNICODE\0"
+# Of the JSON; a newer one is refused. 2 added what stands beside the first model, 3 approximations.
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -105,6 +101,7 @@ class Record:
     threads: int
     versions: Mapping[str, str]
     columns: int = 1
+    approximations: tuple[str, ...] = ()  # by their names; what is recorded here is drawn with them
     format: int = field(default=FORMAT)
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,6 +113,8 @@ class Record:
         ]
         if not plain["model"]["additions"]:
             del plain["model"]["additions"]
+        if not plain["approximations"]:
+            del plain["approximations"]
         return plain
 
     @classmethod
@@ -126,7 +125,9 @@ class Record:
             raise ValueError("no pictures")
         model = dict(stored["model"])
         model["additions"] = tuple(Addition(**entry) for entry in model.get("additions", ()))
-        return cls(**{**stored, "model": Model(**model), "pictures": pictures, "format": FORMAT})
+        found = {"model": Model(**model), "pictures": pictures, "format": FORMAT}
+        found["approximations"] = tuple(stored.get("approximations", ()))
+        return cls(**{**stored, **found})
 
 
 def picture_of(stored: Mapping[str, Any]) -> Picture:
@@ -142,42 +143,19 @@ def picture_of(stored: Mapping[str, Any]) -> Picture:
 
 def told(record: Record, suffix: str) -> dict[str, Any]:
     """What a file of that suffix says of itself, as keywords for PIL's `save`."""
-    marked = MARK + json.dumps(record.to_dict())  # ASCII, as both formats want it
-    if suffix.lower() == ".gif":
-        return {"comment": marked.encode("ascii")}
-    if suffix.lower() == ".webp":
-        exif = PIL.Image.Exif()
-        exif[IMAGE_DESCRIPTION] = marked
-        exif[EXIF_IFD] = {USER_COMMENT: UTF_16 + parameters(record).encode("utf-16-be")}
-        return {"exif": exif.tobytes()}
-    return {"pnginfo": png_text(record)}
+    return metadata.kept(record.to_dict(), parameters(record), suffix)
 
 
 def png_text(record: Record) -> PngInfo:
     """The text chunks that a PNG file of `record` carries."""
-    text = PngInfo()
-    text.add_itxt(KEY, json.dumps(record.to_dict(), ensure_ascii=False))
-    text.add_itxt("parameters", parameters(record))
-    return text
-
-
-def stored_json(picture: PIL.Image.Image) -> str | None:
-    """The record's text in an open picture, or None if there is none."""
-    if picture.format == "PNG":
-        picture.load()  # text chunks may come after the pixels
-        return getattr(picture, "text", {}).get(KEY)
-    found = picture.info.get("comment", b"")
-    if picture.format == "WEBP":
-        found = picture.getexif().get(IMAGE_DESCRIPTION, "")
-    text = found.decode("ascii", "replace") if isinstance(found, bytes) else str(found)
-    return text.removeprefix(MARK) if text.startswith(MARK) else None
+    return metadata.png_info(record.to_dict(), parameters(record))
 
 
 def read_record(file: Path) -> Record:
     """The record in a file. Raises RequestError, naming the file, if there is none."""
     try:
         with PIL.Image.open(file) as picture:
-            text = stored_json(picture)
+            text = metadata.stored_json(picture)
     except FileNotFoundError:
         raise RequestError(f"PICTURE {file}: no such file; give one that fewstep drew") from None
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
@@ -189,6 +167,11 @@ def read_record(file: Path) -> Record:
         )
     try:
         stored = json.loads(text)
+        if "pictures" not in stored and "pipeline" in stored:
+            raise RequestError(
+                f"PICTURE {file}: was drawn by fewstep serve, which can draw it again; "
+                "drop it into the studio, or give its settings to fewstep generate"
+            )
         if stored["format"] > FORMAT:
             raise RequestError(f"PICTURE {file}: was drawn by a newer fewstep; update fewstep")
         return Record.from_dict(stored)
@@ -214,8 +197,4 @@ def parameters(record: Record) -> str:
         "Denoising strength": first.strength,
         "Version": f"fewstep {record.versions['fewstep']}",
     }
-    line = ", ".join(f"{key}: {value}" for key, value in settings.items() if value is not None)
-    negative = (
-        [] if first.negative_prompt is None else [f"Negative prompt: {first.negative_prompt}"]
-    )
-    return "\n".join([first.prompt, *negative, line])
+    return metadata.parameters(first.prompt, first.negative_prompt, settings)

@@ -14,6 +14,7 @@ import PIL.ImageSequence
 import torch
 
 from ..errors import RequestError
+from ..pipelines.approximations import quantization_in
 from ..schedulers import scheduler_from_config
 from . import drawing
 from .drawing import Given, Loaded
@@ -51,6 +52,7 @@ def repro(
         revision=record.model.revision if model is None else None,
         variant=record.model.variant if model is None else None,
         additions=record.model.additions,
+        quantize=quantization_in(record.approximations),
     )
     check_weights(record, loaded, file)
     loaded.pipe.scheduler = scheduler_from_config(record.model.scheduler)

@@ -5,7 +5,7 @@ A timestep is an int64 tensor of shape (B,): rows of one batch may stand at diff
 
 from .consistency import boundary_scalings, consistency_function, lcm_step, lcm_timesteps
 from .guidance import classifier_free_guidance, guidance_embedding, rescale_guidance
-from .noise_schedule import NoiseSchedule, betas_for, expand, rescale_to_zero_snr
+from .noise_schedule import NoiseSchedule, at_rows, betas_for, expand, rescale_to_zero_snr
 from .solvers import (
     SOLVERS,
     Network,
@@ -22,6 +22,7 @@ __all__ = [
     "Network",
     "NoiseSchedule",
     "adams_bashforth",
+    "at_rows",
     "betas_for",
     "boundary_scalings",
     "bounded_ddim_step",

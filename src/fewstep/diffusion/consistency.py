@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from .noise_schedule import NoiseSchedule, expand
+from .noise_schedule import NoiseSchedule, chosen, expand
 
 SIGMA_DATA = 0.5
 TIMESTEP_SCALING = 10.0
@@ -66,7 +66,7 @@ def lcm_step(
     if noise is None:
         return z0, z0
     renoised = schedule.add_noise(z0, noise, t_next)
-    return torch.where(expand(t_next < 0, z), z0, renoised), z0
+    return chosen(t_next < 0, z0, renoised), z0
 
 
 def lcm_timesteps(

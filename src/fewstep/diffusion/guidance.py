@@ -17,9 +17,13 @@ def classifier_free_guidance(
     positive: Tensor, negative: Tensor, guidance_scale: Tensor | float
 ) -> Tensor:
     """negative + g (positive - negative), g a number or one per row (Ho and Salimans 2022)."""
+    change = positive - negative
     if isinstance(guidance_scale, Tensor):
-        guidance_scale = expand(guidance_scale, positive).to(positive.dtype)
-    return negative + guidance_scale * (positive - negative)
+        # Multiplied in float32 at least and rounded once, as by a number.
+        dtype = torch.promote_types(change.dtype, torch.float32)
+        scale = expand(guidance_scale, change).to(dtype)
+        return negative + (scale * change).to(change.dtype)
+    return negative + guidance_scale * change
 
 
 def rescale_guidance(guided: Tensor, positive: Tensor, rescale: float) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,8 +17,26 @@ BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 
 def expand(per_row: Tensor, like: Tensor) -> Tensor:
-    """`per_row` (B,) shaped so that it multiplies `like` (B, ...) row by row."""
-    return per_row.reshape(-1, *[1] * (like.ndim - 1))
+    """`per_row` (B,) shaped so that it multiplies `like` (B, ...) row by row; () as it is."""
+    return per_row if per_row.ndim == 0 else per_row.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def at_rows(t: Tensor, like: Tensor) -> Tensor:
+    """Times `t` (B,) where `like` (B, ...) is.
+
+    One time of all rows that the CPU knows stays there, as (): what follows from it are numbers
+    then, which a device takes along with its work. Nothing is copied and nothing waits.
+    """
+    if t.device.type == "cpu" and (t.ndim == 0 or len(t) == 1 or t.stride(0) == 0):
+        return t.reshape(-1)[0]
+    return t.to(like.device)
+
+
+def chosen(is_first: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The rows of `first` where `is_first` (B,) holds, else those of `second`; () is for all."""
+    if is_first.ndim == 0:
+        return first if is_first else second
+    return torch.where(expand(is_first, first), first, second)
 
 
 def betas_for(
@@ -69,6 +87,8 @@ class NoiseSchedule:
     alphas_cumprod: Tensor  # (T,) float32, alpha_t squared
     prediction_type: PredictionType = "epsilon"
     log_interpolation: bool = False  # interpolate the logarithm of sigma_t / alpha_t
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _numbers: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.prediction_type not in get_args(PredictionType):
@@ -100,24 +120,45 @@ class NoiseSchedule:
         """The same schedule with its table on `device`."""
         return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
 
+    def table(self, device: torch.device) -> Tensor:
+        """`alphas_cumprod` on a device, copied there once."""
+        found = self._tables.get(device)
+        if found is None:
+            found = self._tables[device] = self.alphas_cumprod.to(device)
+        return found
+
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t for `t` (B,), shaped to multiply `like` and in its dtype.
 
-        A negative time stands behind the last step: alpha 1, sigma 0.
+        A negative time stands behind the last step: alpha 1, sigma 0. Of one time () they are
+        numbers () where it is.
         """
+        device = t.device if t.ndim == 0 else like.device
+        if t.ndim == 0 and device.type == "cpu" and not t.is_floating_point():
+            return self.numbers(int(t), like.dtype)
         if t.is_floating_point():
             ratio = torch.where(t < 0, 0.0, self.ratio(t))
             alpha = (1 + ratio**2).rsqrt()
-            alpha, sigma = (expand(v, like).to(like) for v in (alpha, ratio * alpha))
+            alpha, sigma = (expand(v, like).to(device, like.dtype) for v in (alpha, ratio * alpha))
             return alpha, sigma
-        alpha_squared = self.alphas_cumprod.to(like.device)[t.clamp(min=0)]
+        alpha_squared = self.table(device)[t.clamp(min=0)]
         alpha_squared = torch.where(t < 0, torch.ones_like(alpha_squared), alpha_squared)
         alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
         return expand(alpha, like).to(like.dtype), expand(sigma, like).to(like.dtype)
 
+    def numbers(self, t: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t () on the CPU, of one whole time; made once, for they recur."""
+        found = self._numbers.get((t, dtype))
+        if found is None:
+            with torch.inference_mode(False):  # others may need gradients of what they scale
+                squared = torch.tensor(1.0) if t < 0 else self.table(torch.device("cpu"))[t]
+                found = squared.sqrt().to(dtype), (1 - squared).sqrt().to(dtype)
+            self._numbers[t, dtype] = found
+        return found
+
     def ratio(self, t: Tensor) -> Tensor:
         """sigma_t / alpha_t (B,) at times `t` (B,), which may lie between integers."""
-        table = self.alphas_cumprod.to(t.device)
+        table = self.table(t.device)
         table = ((1 - table) / table).sqrt()
         low = t.long().clamp(0, len(self) - 2)
         if self.log_interpolation:
@@ -165,7 +206,7 @@ class NoiseSchedule:
 
     def snr(self, t: Tensor) -> Tensor:
         """alpha_t² / sigma_t², (B,) float32."""
-        alpha_squared = self.alphas_cumprod.to(t.device)[t]
+        alpha_squared = self.table(t.device)[t]
         return alpha_squared / (1 - alpha_squared)
 
     def check_time(self, t: int, name: str = "timesteps") -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .noise_schedule import NoiseSchedule, expand
+from .noise_schedule import NoiseSchedule, chosen, expand
 
 Network = Callable[[Tensor, Tensor], Tensor]  # (z, t) -> raw output; t may lie between integers
 
@@ -171,7 +171,7 @@ def tcd_step(
     alpha_next, _ = schedule.alpha_sigma(t_next.clamp(min=0), z)
     kept = alpha_next / alpha_s
     up = kept * z_s + (1 - kept**2).clamp(min=0).sqrt() * noise
-    return torch.where(expand(t_next < 0, z), z_s, up), z_s
+    return chosen(t_next < 0, z_s, up), z_s
 
 
 def dpm_solver_step(

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -17,6 +17,7 @@ from ..checkpoints.config import Config, write_json
 from ..checkpoints.locate import HOW_TO_CONVERT, Source
 from ..checkpoints.weights import load_weights, save_weights
 from ..errors import RequestError
+from ..ops.layers import held, unpack
 from .single_file import FromSingleFile
 
 CONFIG_NAME = "config.json"
@@ -148,19 +149,32 @@ class Model(FromSingleFile, nn.Module):
         save_weights(self.state_dict(), folder, WEIGHTS_STEM, variant, max_shard_size)
         write_json(self.config.to_dict(type(self).__name__), folder / CONFIG_NAME)
 
+    # ── weights that inference keeps packed (ops/layers.py) come back for whoever looks at them ──
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As in nn.Module."""
+        unpack(self)
+        return super().named_parameters(*args, **kwargs)
+
+    def train(self: ModelT, mode: bool = True) -> ModelT:
+        """As in nn.Module."""
+        if mode:
+            unpack(self)
+        return super().train(mode)
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the first floating-point parameter."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+        return next(p.dtype for p in held(self) if p.is_floating_point())
 
     @property
     def device(self) -> torch.device:
         """The device of the first parameter."""
-        return next(self.parameters()).device
+        return next(held(self)).device
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """The number of numbers in the parameters, or in those that require a gradient."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+        return sum(p.numel() for p in held(self) if p.requires_grad or not only_trainable)
 
 
 def resolve_dtype(

@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from ..checkpoints.config import Config
 from ..errors import UnsupportedConfig
+from ..ops.layers import Conv2d
 from ..outputs import Output
+from .layers import Context, Memo
 from .several import Several
 from .unet import UNet2DConditionModel, UNetConfig, UNetEncoder
 
@@ -119,12 +121,12 @@ class HintEmbedding(nn.Module):
 
     def __init__(self, in_channels: int, channels: Sequence[int], out_channels: int) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(in_channels, channels[0], 3, padding=1)
         self.blocks = nn.ModuleList()
         for before, after in pairwise(channels):
-            self.blocks.append(nn.Conv2d(before, before, 3, padding=1))
-            self.blocks.append(nn.Conv2d(before, after, 3, padding=1, stride=2))
-        self.conv_out = zeroed(nn.Conv2d(channels[-1], out_channels, 3, padding=1))
+            self.blocks.append(Conv2d(before, before, 3, padding=1))
+            self.blocks.append(Conv2d(before, after, 3, padding=1, stride=2))
+        self.conv_out = zeroed(Conv2d(channels[-1], out_channels, 3, padding=1))
 
     def forward(self, picture: Tensor) -> Tensor:
         x = F.silu(self.conv_in(picture))
@@ -133,7 +135,7 @@ class HintEmbedding(nn.Module):
         return self.conv_out(x)
 
 
-def zeroed(module: nn.Conv2d) -> nn.Conv2d:
+def zeroed(module: Conv2d) -> Conv2d:
     """A convolution that gives zeros until it is trained."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -166,10 +168,10 @@ class ControlNetModel(UNetEncoder):
             encoder.block_out_channels[0],
         )
         self.controlnet_down_blocks = nn.ModuleList(
-            zeroed(nn.Conv2d(channels, channels, 1)) for channels in skip_channels(encoder)
+            zeroed(Conv2d(channels, channels, 1)) for channels in skip_channels(encoder)
         )
         middle = encoder.block_out_channels[-1]
-        self.controlnet_mid_block = zeroed(nn.Conv2d(middle, middle, 1))
+        self.controlnet_mid_block = zeroed(Conv2d(middle, middle, 1))
 
     @classmethod
     def from_unet(
@@ -231,13 +233,14 @@ class ControlNetModel(UNetEncoder):
         text: Tensor,
         hint: Tensor,
         added: Mapping[str, Tensor] | None = None,
+        memo: Memo | None = None,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Unscaled residuals of the skips and of the middle, for a picture that is embedded."""
         times = torch.as_tensor(t, device=z.device).reshape(-1).expand(len(z))
-        temb = self.embed(times, z, text, None, added)
-        x, skips = self.encode(self.conv_in(z) + hint, temb, text)
+        time, context = self.time(times, z, text, None, added, memo), Context(text, memo=memo)
+        x, skips = self.encode(self.conv_in(z) + hint, time, context)
         assert self.mid_block is not None, "a ControlNet's config has always one"
-        middle = self.controlnet_mid_block(self.mid_block(x, temb, text))
+        middle = self.controlnet_mid_block(self.mid_block(x, time, context))
         pairs = zip(self.controlnet_down_blocks, skips, strict=True)
         return tuple(convolution(skip) for convolution, skip in pairs), middle
 

@@ -165,12 +165,9 @@ class PictureAttention(nn.Module):
         self.to_v_ip = nn.Linear(dim, channels, bias=False)
         self.scale = 1.0
 
-    def forward(self, q: Tensor, tokens: Tensor) -> Tensor:
-        """(B, h, N, C / h) of queries of that shape and tokens (B, n T, D)."""
-        heads, dtype = q.shape[1], q.dtype
-        k = split_heads(self.to_k_ip(tokens), heads).to(dtype)
-        v = split_heads(self.to_v_ip(tokens), heads).to(dtype)
-        return F.scaled_dot_product_attention(q, k, v)
+    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, n T, C) of tokens (B, n T, D)."""
+        return self.to_k_ip(tokens), self.to_v_ip(tokens)
 
 
 class IPAdapter(nn.Module):

@@ -22,6 +22,7 @@ from ..checkpoints.config import Config
 from ..checkpoints.locate import Source
 from ..checkpoints.weights import read_tensors
 from ..errors import UnsupportedConfig
+from ..ops.layers import Linear
 from .base import WEIGHTS_STEM, Model
 from .layers import Attention, FeedForward
 
@@ -140,11 +141,11 @@ class MotionModule(nn.Module):
     def __init__(self, channels: int, heads: int, layers: int, groups: int, length: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels)
+        self.proj_in = Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             MotionBlock(channels, heads, length) for _ in range(layers)
         )
-        self.proj_out = nn.Linear(channels, channels)
+        self.proj_out = Linear(channels, channels)
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         video = x.unflatten(0, (-1, frames)).transpose(1, 2)  # (B, C, F, H, W)

@@ -166,6 +166,7 @@ class UNetMotionModel(KnowsLength, UNet2DConditionModel):
     # Has all that the 2-D UNet reads of its own.
     config_class = UNetMotionConfig  # type: ignore[assignment]
     config: UNetMotionConfig  # type: ignore[assignment]
+    keeps_memo = False  # windows of a video see other texts
 
     def __init__(self, **config: Any) -> None:
         known = UNetMotionConfig.from_dict(config)

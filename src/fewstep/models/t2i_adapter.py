@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..checkpoints.config import Config
 from ..errors import RequestError, UnsupportedConfig
+from ..ops.layers import Conv2d
 from .base import Model
 from .several import Several
 
@@ -59,8 +60,8 @@ class AdapterResnet(nn.Module):
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
-        self.block1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.block2 = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        self.block1 = Conv2d(channels, channels, 3, padding=1)
+        self.block2 = Conv2d(channels, channels, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.block2(F.relu(self.block1(x)))
@@ -76,12 +77,12 @@ class AdapterBlock(nn.Module):
         width = out_channels // 4 if light else out_channels
         self.halved = halved
         self.in_conv = (
-            nn.Conv2d(in_channels, width, 1) if light or in_channels != out_channels else None
+            Conv2d(in_channels, width, 1) if light or in_channels != out_channels else None
         )
         self.resnets = nn.Sequential(
             *(AdapterResnet(width, 3 if light else 1) for _ in range(layers))
         )
-        self.out_conv = nn.Conv2d(width, out_channels, 1) if light else None
+        self.out_conv = Conv2d(width, out_channels, 1) if light else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.halved:
@@ -99,7 +100,7 @@ class AdapterBody(nn.Module):
         light = config.adapter_type == "light_adapter"
         unshuffled = config.in_channels * config.downscale_factor**2
         self.unshuffle = nn.PixelUnshuffle(config.downscale_factor)
-        self.conv_in = None if light else nn.Conv2d(unshuffled, config.channels[0], 3, padding=1)
+        self.conv_in = None if light else Conv2d(unshuffled, config.channels[0], 3, padding=1)
         self.body = nn.ModuleList(
             AdapterBlock(*block, config.num_res_blocks, light) for block in config.blocks
         )

@@ -19,18 +19,21 @@ from torch.nn import functional as F
 
 from ..checkpoints.config import Config
 from ..errors import RequestError, UnsupportedConfig
+from ..ops.layers import Conv2d
+from ..ops.norm import norm_silu
+from ..ops.upsample import Upsample
 from ..outputs import Output
 from .base import Model
 from .freeu import FreeU
 from .layers import (
     Context,
     Downsample,
-    Prompted,
+    Memo,
     ResnetBlock,
     TextTimeEmbedding,
+    Time,
     TimestepEmbedding,
     Transformer2D,
-    Upsample,
     timestep_embedding,
 )
 
@@ -181,7 +184,7 @@ class DownBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        temb: Tensor,
+        time: Time,
         text: Context,
         feature: Tensor | None = None,
         frames: int = 1,
@@ -192,7 +195,7 @@ class DownBlock(nn.Module):
         for index, (resnet, attention) in enumerate(
             zip(self.resnets, attentions_of(self), strict=True)
         ):
-            x = resnet(x, temb)
+            x = resnet(x, time)
             x = x if attention is None else attention(x, text)
             x = moved(self, index, x, frames)
             skips.append(x)
@@ -219,11 +222,11 @@ class MidBlock(nn.Module):
             self.attentions = nn.ModuleList([layout.attention(channels, *attention)])
         self.motion_modules: nn.ModuleList | None = None
 
-    def forward(self, x: Tensor, temb: Tensor, text: Context, frames: int = 1) -> Tensor:
-        x = self.resnets[0](x, temb)
+    def forward(self, x: Tensor, time: Time, text: Context, frames: int = 1) -> Tensor:
+        x = self.resnets[0](x, time)
         if len(self.resnets) == 2:
             x = moved(self, 0, self.attentions[0](x, text), frames)
-            x = self.resnets[1](x, temb)
+            x = self.resnets[1](x, time)
         return x
 
 
@@ -253,7 +256,7 @@ class UpBlock(nn.Module):
         self,
         x: Tensor,
         skips: list[Tensor],
-        temb: Tensor,
+        time: Time,
         text: Context,
         freeu: FreeU | None,
         index: int,
@@ -266,7 +269,7 @@ class UpBlock(nn.Module):
             skip = skips.pop()
             if freeu is not None:
                 x, skip = freeu.apply(index, x, skip)
-            x = resnet(torch.cat([x, skip], dim=1), temb)
+            x = resnet(torch.cat([x, skip], dim=1), time)
             x = x if attention is None else attention(x, text)
             x = moved(self, layer, x, frames)
         if self.upsamplers is not None:
@@ -322,7 +325,7 @@ class UNetEncoder(Model):
         depth = config.per_level("transformer_layers_per_block")
         layers = config.per_level("layers_per_block")
 
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(
             channels[0], temb_channels, config.time_cond_proj_dim
         )
@@ -367,6 +370,28 @@ class UNetEncoder(Model):
             self.mid_block = MidBlock(layout, channels[-1], attention)
         return layout
 
+    def time(
+        self,
+        t: Tensor,
+        like: Tensor,
+        text: Tensor,
+        timestep_cond: Tensor | None = None,
+        added: Mapping[str, Tensor] | None = None,
+        memo: Memo | None = None,
+    ) -> Time:
+        """The time embedding of times `t` (B,), in the dtype of `like`.
+
+        With a `memo` it is that of all times of the run, made at the first of them.
+        """
+        if memo is None:
+            return Time(self.embed(t, like, text, timestep_cond, added))
+        embedding = memo.embeddings.get(self)
+        if embedding is None:
+            times = memo.times.to(t.device)[:, None].expand(-1, len(t))  # (N, B)
+            embedding = self.embed(times, like, text, timestep_cond, added)
+            memo.embeddings[self] = embedding
+        return Time(embedding, memo)
+
     def embed(
         self,
         t: Tensor,
@@ -375,7 +400,7 @@ class UNetEncoder(Model):
         timestep_cond: Tensor | None,
         added: Mapping[str, Tensor] | None,
     ) -> Tensor:
-        """The time embedding (B, E) in the dtype of `like`.
+        """SiLU of the time embedding (..., B, E) of times `t` (..., B), in the dtype of `like`.
 
         `text` (B, L, D) is added to it where the config says so (addition_embed_type="text").
         `timestep_cond` (B, time_cond_proj_dim) is the guidance embedding of an LCM; `added` holds
@@ -387,32 +412,33 @@ class UNetEncoder(Model):
                 "timestep_cond was given, but this UNet has no time_cond_proj_dim: "
                 "it is not a guidance-distilled LCM; leave timestep_cond out"
             )
-        wave = (config.flip_sin_to_cos, config.freq_shift)
-        sinusoid = timestep_embedding(t, config.block_out_channels[0], *wave)
-        temb = self.time_embedding(sinusoid.to(like.dtype), timestep_cond)
+        sinusoid = self.waves(t, config.block_out_channels[0]).to(like.dtype)
+        temb = self.time_embedding(sinusoid, timestep_cond)
         if config.addition_embed_type == "text":
             temb = temb + self.add_embedding(text)
         elif config.addition_embed_type == "text_time":
-            added = added or {}
-            missing = [key for key in ("text_embeds", "time_ids") if key not in added]
-            if missing:
-                raise RequestError(
-                    f"added_cond_kwargs must hold {missing}: this UNet is conditioned on the "
-                    "pooled text and on sizes (SDXL)"
-                )
-            ids = timestep_embedding(
-                added["time_ids"].flatten(), config.addition_time_embed_dim, *wave
+            temb = temb + self.add_embedding(self.sizes_and_text(added or {}, like.dtype))
+        return F.silu(temb)
+
+    def waves(self, values: Tensor, dim: int) -> Tensor:
+        """Sinusoids (..., dim) float32 of values (...), as the config spells them."""
+        flip, shift = self.config.flip_sin_to_cos, self.config.freq_shift
+        return timestep_embedding(values.flatten(), dim, flip, shift).unflatten(0, values.shape)
+
+    def sizes_and_text(self, added: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """SDXL's pooled text and the sinusoids of its sizes, (B, P + 6 D)."""
+        if missing := [key for key in ("text_embeds", "time_ids") if key not in added]:
+            raise RequestError(
+                f"added_cond_kwargs must hold {missing}: this UNet is conditioned on the "
+                "pooled text and on sizes (SDXL)"
             )
-            sizes = ids.reshape(len(added["text_embeds"]), -1).to(like.dtype)
-            temb = temb + self.add_embedding(
-                torch.cat([added["text_embeds"].to(like.dtype), sizes], dim=1)
-            )
-        return temb
+        sizes = self.waves(added["time_ids"], self.config.addition_time_embed_dim).flatten(1)
+        return torch.cat([added["text_embeds"].to(dtype), sizes.to(dtype)], dim=1)
 
     def encode(
         self,
         x: Tensor,
-        temb: Tensor,
+        time: Time,
         text: Context,
         features: Sequence[Tensor] = (),
         frames: int = 1,
@@ -423,7 +449,7 @@ class UNetEncoder(Model):
         """
         skips = [x]
         for block, feature in zip_longest(self.down_blocks, features[: len(self.down_blocks)]):
-            x, new = block(x, temb, text, feature, frames)
+            x, new = block(x, time, text, feature, frames)
             skips += new
         return x, skips
 
@@ -433,6 +459,7 @@ class UNet2DConditionModel(UNetEncoder):
 
     config_class = UNetConfig
     config: UNetConfig
+    keeps_memo = True  # whether `forward` takes a memo
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
@@ -480,7 +507,7 @@ class UNet2DConditionModel(UNetEncoder):
             before = channels[level]
         self.up_blocks = nn.ModuleList(blocks)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def forward(
         self,
@@ -495,6 +522,7 @@ class UNet2DConditionModel(UNetEncoder):
         return_dict: bool = True,
         frames: int = 1,
         pictures: Sequence[Tensor] = (),
+        memo: Memo | None = None,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """The network's output at (sample, timestep).
 
@@ -502,22 +530,21 @@ class UNet2DConditionModel(UNetEncoder):
         (B, L, D); timestep_cond (B, time_cond_proj_dim). The residuals of ControlNets are added to
         the skips and to the mid block's output, those of T2I-Adapters within the down blocks.
         `frames`: so many rows in turn are one video, which concerns motion modules alone.
-        `pictures` are the tokens (B, N, D) of picture prompts, for each of the IP-Adapters.
+        `pictures` are the tokens (B, N, D) of picture prompts, for each of the IP-Adapters. `memo`
+        keeps what is the same at every step of a run.
         """
         if pictures and len(pictures) != len(self.ip_adapters):
             raise RequestError(
                 f"pictures holds tokens for {len(pictures)} IP-Adapters, but this UNet has "
                 f"{len(self.ip_adapters)}"
             )
-        context: Context = encoder_hidden_states
-        if pictures:
-            context = Prompted(encoder_hidden_states, tuple(pictures))
+        context = Context(encoder_hidden_states, tuple(pictures), memo)
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
-        temb = self.embed(t, sample, encoder_hidden_states, timestep_cond, added_cond_kwargs)
+        time = self.time(t, sample, encoder_hidden_states, timestep_cond, added_cond_kwargs, memo)
         features = tuple(down_intrablock_additional_residuals or ())
-        x, skips = self.encode(self.conv_in(sample), temb, context, features, frames)
+        x, skips = self.encode(self.conv_in(sample), time, context, features, frames)
         if self.mid_block is not None:
-            x = self.mid_block(x, temb, context, frames)
+            x = self.mid_block(x, time, context, frames)
             behind = features[len(self.down_blocks) :]  # full_adapter_xl has one more
             if behind and behind[0].shape == x.shape:
                 x = x + behind[0]
@@ -527,8 +554,8 @@ class UNet2DConditionModel(UNetEncoder):
         if mid_block_additional_residual is not None:
             x = x + mid_block_additional_residual
         for index, block in enumerate(self.up_blocks):
-            x = block(x, skips, temb, context, self.freeu, index, frames)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+            x = block(x, skips, time, context, self.freeu, index, frames)
+        x = self.conv_out(norm_silu(self.conv_norm_out, x))
         return UNet2DConditionOutput(x) if return_dict else (x,)
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:

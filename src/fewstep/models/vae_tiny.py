@@ -6,19 +6,24 @@ Attribute names equal the checkpoints' keys. Pictures are (B, 3, H, W) in [-1, 1
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoints.config import Config
 from ..errors import UnsupportedConfig
+from ..ops.layers import Conv2d
 from ..outputs import Output
 from .vae import Autoencoder
+from .vae_exact import Step, chained
 
 TILE = 512  # pixels
+
+Run = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,9 @@ class TinyBlock(nn.Module):
         return (self.conv(x) + x).relu()
 
 
-def conv(in_channels: int, out_channels: int, bias: bool = True, stride: int = 1) -> nn.Conv2d:
+def conv(in_channels: int, out_channels: int, bias: bool = True, stride: int = 1) -> Conv2d:
     """A convolution by 3 x 3 that keeps the size, or divides it by `stride`."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=bias)
+    return Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=bias)
 
 
 class TinyEncoder(nn.Module):
@@ -102,8 +107,8 @@ class TinyEncoder(nn.Module):
             layers += [TinyBlock(width) for _ in range(blocks)]
         self.layers = nn.Sequential(*layers, conv(width, config.latent_channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers((x + 1) / 2)
+    def forward(self, x: Tensor, run: Run | None = None) -> Tensor:
+        return (run or self.layers)((x + 1) / 2)
 
 
 class TinyDecoder(nn.Module):
@@ -119,8 +124,23 @@ class TinyDecoder(nn.Module):
             layers += [TinyBlock(width) for _ in range(blocks)]
         self.layers = nn.Sequential(*layers, conv(width, config.out_channels))
 
-    def forward(self, z: Tensor) -> Tensor:
-        return self.layers((z / 3).tanh() * 3) * 2 - 1
+    def forward(self, z: Tensor, run: Run | None = None) -> Tensor:
+        return (run or self.layers)((z / 3).tanh() * 3) * 2 - 1
+
+
+def in_stripes(layers: nn.Sequential, size: int | None) -> Run:
+    """What computes `layers` in stripes of `size` rows: exactly, for they see only near pixels."""
+    width = max(layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d))
+    return partial(chained, [step_of(layer, width) for layer in layers], size=size)
+
+
+def step_of(layer: nn.Module, width: int) -> Step:
+    """A layer of at most `width` channels, with the rows that it reads and makes."""
+    if isinstance(layer, nn.Conv2d):
+        return Step(layer, width, down=layer.stride[0])
+    if isinstance(layer, nn.Upsample):
+        return Step(layer, width, halo=0, up=int(cast(float, layer.scale_factor)))
+    return Step(layer, width, halo=3 if isinstance(layer, TinyBlock) else 0)
 
 
 @dataclass
@@ -157,13 +177,13 @@ class AutoencoderTiny(Autoencoder):
         """The latents of pictures (B, 3, H, W) in [-1, 1], and no deviation from them."""
         return self.encoded(x), None
 
-    def encode_moments(self, x: Tensor) -> Tensor:
-        """The latents of pictures at once."""
-        return self.encoder(x)
+    def encode_moments(self, x: Tensor, exact: bool = False) -> Tensor:
+        """The latents of pictures at once, or in stripes."""
+        return self.encoder(x, in_stripes(self.encoder.layers, self.stripe) if exact else None)
 
-    def decode_latents(self, z: Tensor) -> Tensor:
-        """Pictures of latents at once."""
-        return self.decoder(z)
+    def decode_latents(self, z: Tensor, exact: bool = False) -> Tensor:
+        """Pictures of latents at once, or in stripes."""
+        return self.decoder(z, in_stripes(self.decoder.layers, self.stripe) if exact else None)
 
     def scale_latents(self, x: Tensor) -> Tensor:
         """Latents within +- latent_magnitude as numbers in [0, 1], to keep them in a picture."""

@@ -25,8 +25,7 @@ from ..models.vae import Autoencoder
 from ..outputs import Output
 from ..schedulers import Plan, Scheduler
 from .denoise import Conditioning, Job
-from .families import StableDiffusion
-from .lora import at_lora_scale
+from .families import Assignment, StableDiffusion
 from .request import Request
 from .text import check_prompt
 from .windows import Windows
@@ -219,14 +218,14 @@ class AnimateDiff(StableDiffusion):
             )
         return Windows(self.unet, length, request.context_overlap)
 
-    @at_lora_scale
     @torch.no_grad()
     def animate(self, request: Request) -> AnimateDiffPipelineOutput | tuple[Frames]:
         """The answer to a request: text to tensors, the loop, latents to frames."""
         assert isinstance(request, VideoRequest)
         network, plan = self.network(request), self.plan(request)
-        z, _ = self.sample(request, plan, Job.from_noise, network)
-        frames = self.decode_video(z, request.output_type, request.decode_chunk_size)
+        with self.lora_scaled(request.cross_attention_kwargs):
+            z, _ = self.sample(Assignment(request, plan, Job.from_noise), network)
+            frames = self.decode_video(z, request.output_type, request.decode_chunk_size)
         return AnimateDiffPipelineOutput(frames) if request.return_dict else (frames,)
 
     def decode_video(self, z: Tensor, output_type: str, chunk: int) -> Frames:

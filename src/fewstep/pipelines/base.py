@@ -17,6 +17,7 @@ from torch import nn
 from ..checkpoints.locate import Source
 from ..errors import RequestError, UnsupportedConfig
 from ..models.base import resolve_dtype
+from ..ops.layers import held
 from .images import to_pil
 from .loading import load_parts, read_index, save_parts
 from .notices import warn_caller
@@ -243,12 +244,12 @@ class DiffusionPipeline(FromSingleFile):
     @property
     def device(self) -> torch.device:
         """The device of the first network."""
-        return next((p.device for m in self.modules for p in m.parameters()), torch.device("cpu"))
+        return next((p.device for m in self.modules for p in held(m)), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the first network."""
-        numbers = (p for m in self.modules for p in m.parameters() if p.is_floating_point())
+        numbers = (p for m in self.modules for p in held(m) if p.is_floating_point())
         return next((p.dtype for p in numbers), torch.float32)
 
     # ── conveniences ──

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..errors import RequestError
 from ..models.controlnet import ControlNetModel, MultiControlNetModel
+from ..models.layers import Memo
 from ..models.t2i_adapter import MultiAdapter, T2IAdapter
 from ..models.unet import UNetEncoder
 from .control_images import by_network, per_network_pictures, spread, unit_pictures
@@ -40,24 +41,33 @@ class ControlNetControl:
     guess_mode: bool = False  # steer the rows with text alone, and by depth
 
     def __call__(
-        self, z: Tensor, t: Tensor, cond: Conditioning, *, doubled: bool, span: tuple[float, float]
+        self,
+        z: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        *,
+        doubled: bool,
+        span: tuple[float, float],
+        memo: Memo | None = None,
     ) -> Residuals | None:
         if not within(span, self.start, self.end):
             return None
         first = len(z) // 2 if doubled and self.guess_mode else 0
-        down, mid = self.residuals(z[first:], t[first:], cond.rows(first, len(z)))
+        if first:  # other rows than those that the memo is of
+            memo, cond = None, cond.rows(first, len(z))
+        down, mid = self.residuals(z[first:], t[first:], cond, memo)
         before = (0, 0, 0, 0, 0, 0, first, 0)  # zeros for the rows that are not steered
         return Residuals(
             tuple(F.pad(x, before).to(z.dtype) for x in down), F.pad(mid, before).to(z.dtype)
         )
 
     def residuals(
-        self, z: Tensor, t: Tensor, cond: Conditioning
+        self, z: Tensor, t: Tensor, cond: Conditioning, memo: Memo | None
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """What the network adds for rows z (B, C, h, w); it is never told the guidance."""
         dtype = self.net.dtype
         found = self.net.residuals(
-            z.to(dtype), t, cond.text.to(dtype), tiled(self.hint, len(z)), cond.added
+            z.to(dtype), t, cond.text.to(dtype), tiled(self.hint, len(z)), cond.added, memo
         )
         return self.net.scaled(*found, self.scale, self.guess_mode)
 
@@ -70,7 +80,14 @@ class T2IAdapterControl:
     end: float = 1.0
 
     def __call__(
-        self, z: Tensor, t: Tensor, cond: Conditioning, *, doubled: bool, span: tuple[float, float]
+        self,
+        z: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        *,
+        doubled: bool,
+        span: tuple[float, float],
+        memo: Memo | None = None,
     ) -> Residuals | None:
         if not within(span, 0.0, self.end):
             return None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.guidance import classifier_free_guidance, rescale_guidance
+from ..models.layers import Memo
 from ..random import Generators, randn
 from ..schedulers import Plan
 
@@ -45,18 +46,20 @@ class Conditioning:
             return None
         return {"text_embeds": self.pooled, "time_ids": self.time_ids}
 
-    def joined(self, other: Conditioning) -> Conditioning:
-        """The rows of this one, then those of `other`."""
+    def joined(self, *others: Conditioning) -> Conditioning:
+        """The rows of this one, then those of the `others`."""
+        every = (self, *others)
 
-        def join(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-            return None if a is None or b is None else torch.cat([a, b])
+        def join(name: str) -> Tensor | None:
+            given = [getattr(each, name) for each in every]
+            return None if any(x is None for x in given) else torch.cat(given)
 
         return Conditioning(
-            torch.cat([self.text, other.text]),
-            join(self.pooled, other.pooled),
-            join(self.time_ids, other.time_ids),
-            join(self.w, other.w),
-            tuple(torch.cat(pair) for pair in zip(self.image, other.image, strict=True)),
+            torch.cat([each.text for each in every]),
+            join("pooled"),
+            join("time_ids"),
+            join("w"),
+            tuple(map(torch.cat, zip(*(each.image for each in every), strict=True))),
         )
 
     def rows(self, start: int, stop: int) -> Conditioning:
@@ -100,18 +103,25 @@ class Control(Protocol):
     """ControlNet, T2I-Adapter: a further condition, which answers with residuals of the UNet."""
 
     def __call__(
-        self, z: Tensor, t: Tensor, cond: Conditioning, *, doubled: bool, span: tuple[float, float]
+        self,
+        z: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        *,
+        doubled: bool,
+        span: tuple[float, float],
+        memo: Memo | None = None,
     ) -> Residuals | None:
         """The residuals of rows z (B, C, h, w) at times t (B,), or None where there are none.
 
         `doubled`: the first half of the rows is the unconditional one. `span` is the part of the
-        run that the step covers, (i / N, (i + 1) / N).
+        run that the step covers, (i / N, (i + 1) / N). `memo` keeps what is the same at each step.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One denoising problem as plain values. Only `predict` and `denoise` read it."""
+    """One denoising problem as plain values. Only this file reads it."""
 
     cond: Conditioning
     uncond: Conditioning | None  # None: guidance is an input of the network, or off
@@ -127,6 +137,11 @@ class Job:
     keep: Callable[[Tensor, Tensor], Tensor] | None = None  # (z, t_next): puts the known part back
     start_scale: float = 1.0  # deviation of the noise that the plan starts from
     z: Tensor | None = None  # the start; set by the task
+
+    @property
+    def rows(self) -> Conditioning:
+        """What one call of the network is told: with guidance the unconditional rows first."""
+        return self.cond if self.uncond is None else self.uncond.joined(self.cond)
 
     def draw(self) -> Tensor:
         """Noise of the latents' shape; each row comes from its own generator if it has one."""
@@ -149,42 +164,72 @@ class Step:
     stop: bool = False
 
 
-def predict(
-    unet: Network, job: Job, z: Tensor, t: Tensor, span: tuple[float, float] = (0, 1)
-) -> Tensor:
-    """The guided network output (B, C, h, w) at (z, t), t (B,), by one call of the network."""
-    if job.uncond is None:
-        return run(unet, job, z, t, job.cond, span)
-    both = job.uncond.joined(job.cond)
-    twice = run(unet, job, torch.cat([z, z]), torch.cat([t, t]), both, span)
-    negative, positive = twice.chunk(2)
-    guided = classifier_free_guidance(positive, negative, job.guidance_scale)
-    if job.guidance_rescale > 0:
-        guided = rescale_guidance(guided, positive, job.guidance_rescale)
-    return guided
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What the network is told at every step of a job, and what it keeps of that."""
+
+    cond: Conditioning
+    memo: Memo | None  # None: the rows stand at times of their own
+
+    @classmethod
+    def by(cls, job: Job) -> Told:
+        """Made once for all steps, since a job's conditions do not change."""
+        return cls(job.rows, Memo(job.plan.timesteps))
 
 
-def run(
-    unet: Network,
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What the network is asked in one call: R rows, two of each picture that is guided by two."""
+
+    x: Tensor  # (R, C, h, w) in the network's dtype; of a job the unconditional rows first
+    t: Tensor  # (R,)
+    cond: Conditioning  # of R rows
+    doubled: bool = False
+    span: tuple[float, float] = (0, 1)
+    controls: tuple[Control, ...] = ()
+    extra_channels: Tensor | None = None  # (R, 5, h, w)
+    memo: Memo | None = None
+
+
+def asked(
     job: Job,
     z: Tensor,
     t: Tensor,
-    cond: Conditioning,
-    span: tuple[float, float],
-) -> Tensor:
-    """The network's output at (z, t) in the dtype of z, whatever the network's is."""
-    x = z.to(cond.text.dtype)
-    residuals = Residuals()
-    for control in job.controls:
-        found = control(x, t, cond, doubled=job.uncond is not None, span=span)
+    span: tuple[float, float] = (0, 1),
+    told: Told | None = None,
+) -> Asked:
+    """What a job's step asks at (z, t), z (B, C, h, w) and t (B,)."""
+    told = told or Told(job.rows, None)
+
+    def rows(x: Tensor) -> Tensor:
+        return x if job.uncond is None else torch.cat([x, x])
+
+    return Asked(
+        rows(z).to(told.cond.text.dtype),
+        rows(t),
+        told.cond,
+        job.uncond is not None,
+        span,
+        job.controls,
+        None if job.extra_channels is None else rows(job.extra_channels),
+        told.memo,
+    )
+
+
+def answer(unet: Network, asked: Asked) -> Tensor:
+    """The network's output (R, C, h, w), by one call of it."""
+    x, cond, residuals = asked.x, asked.cond, Residuals()
+    for control in asked.controls:
+        found = control(x, asked.t, cond, doubled=asked.doubled, span=asked.span, memo=asked.memo)
         residuals = residuals if found is None else residuals + found
-    if job.extra_channels is not None:
-        copies = len(z) // len(job.extra_channels)
-        x = torch.cat([x, torch.cat([job.extra_channels] * copies)], dim=1)
-    pictures = {"pictures": cond.image} if cond.image else {}
+    if asked.extra_channels is not None:
+        x = torch.cat([x, asked.extra_channels], dim=1)
+    more: dict[str, Any] = {"pictures": cond.image} if cond.image else {}
+    if asked.memo is not None and getattr(unet, "keeps_memo", False):
+        more["memo"] = asked.memo
     (output,) = unet(
         x,
-        t,
+        asked.t,
         cond.text,
         timestep_cond=cond.w,
         added_cond_kwargs=cond.added,
@@ -192,9 +237,81 @@ def run(
         mid_block_additional_residual=residuals.mid,
         down_intrablock_additional_residuals=residuals.features or None,
         return_dict=False,
-        **pictures,
+        **more,
     )
-    return output.to(z.dtype)
+    return output
+
+
+def guided(job: Job, output: Tensor, dtype: torch.dtype) -> Tensor:
+    """The output (B, C, h, w) in `dtype` that a step goes by, of the network's (R, C, h, w)."""
+    output = output.to(dtype)
+    if job.uncond is None:
+        return output
+    negative, positive = output.chunk(2)
+    combined = classifier_free_guidance(positive, negative, job.guidance_scale)
+    if job.guidance_rescale > 0:
+        combined = rescale_guidance(combined, positive, job.guidance_rescale)
+    return combined
+
+
+def predict(unet: Network, job: Job, z: Tensor, t: Tensor) -> Tensor:
+    """The guided network output (B, C, h, w) at (z, t), t (B,), by one call of the network."""
+    return guided(job, answer(unet, asked(job, z, t)), z.dtype)
+
+
+@dataclass(eq=False)
+class Run:
+    """A job under way: it asks the network, and goes a step on by the answer.
+
+    `denoise` takes one from start to end. A server asks for the rows of many at once.
+    """
+
+    job: Job
+    z: Tensor  # (B, C, h, w), where it stands
+    told: Told
+    times: tuple[tuple[Tensor, Tensor], ...]  # of each step and the next
+    index: int = 0  # of the step to take
+
+    @classmethod
+    def of(cls, job: Job) -> Run:
+        """The run of a job from its start."""
+        assert job.z is not None, "the task sets the start"
+        return cls(job, job.z, Told.by(job), tuple(zip(*job.plan, strict=True)))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps are taken."""
+        return self.index == len(self.times)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The part of the run that the step covers."""
+        return self.index / len(self.times), (self.index + 1) / len(self.times)
+
+    def asks(self) -> Asked:
+        """What the step asks."""
+        if self.told.memo is not None:
+            self.told.memo.index = self.index
+        t, _ = self.times[self.index]
+        return asked(self.job, self.z, t.expand(len(self.z)), self.span, self.told)
+
+    def advance(self, output: Tensor) -> Step:
+        """Takes the step, by the network's output (R, C, h, w) for what it asked."""
+        job, (t, t_next) = self.job, self.times[self.index]
+        rows, next_rows = t.expand(len(self.z)), t_next.expand(len(self.z))
+        output = guided(job, output, self.z.dtype)
+        z, z0 = job.update(output, self.z, rows, next_rows, job.draw)
+        if job.keep is not None:
+            z = job.keep(z, next_rows)
+        step = Step(self.index, t, z, z0, job)
+        self.z, self.index = z, self.index + 1
+        return step
+
+    def go_on_from(self, step: Step) -> None:
+        """Takes over what a callback made of the last step."""
+        if step.job is not self.job:
+            self.told = Told.by(step.job)
+        self.z, self.job = step.z, step.job
 
 
 def denoise(unet: Network, job: Job, on_step: Callable[[Step], Step] | None = None) -> Tensor:
@@ -203,18 +320,12 @@ def denoise(unet: Network, job: Job, on_step: Callable[[Step], Step] | None = No
     `on_step` sees every step and returns the one to go on from; the loop ends with the z_0 of a
     step whose `stop` is set.
     """
-    assert job.z is not None, "the task sets the start"
-    z, steps = job.z, len(job.plan.timesteps)
-    for index, (t, t_next) in enumerate(zip(*job.plan, strict=True)):
-        rows, next_rows = t.expand(len(z)), t_next.expand(len(z))
-        span = (index / steps, (index + 1) / steps)
-        output = predict(unet, job, z, rows, span)
-        z, z0 = job.update(output, z, rows, next_rows, job.draw)
-        if job.keep is not None:
-            z = job.keep(z, next_rows)
+    run = Run.of(job)
+    while not run.is_done:
+        step = run.advance(answer(unet, run.asks()))
         if on_step is not None:
-            step = on_step(Step(index, t, z, z0, job))
+            step = on_step(step)
             if step.stop:
                 return step.z0
-            z, job = step.z, step.job
-    return z
+            run.go_on_from(step)
+    return run.z

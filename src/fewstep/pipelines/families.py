@@ -31,17 +31,19 @@ from ..schedulers import (
     Scheduler,
 )
 from .advice import advise
+from .approximations import Approximations
 from .base import DiffusionPipeline
 from .callbacks import call_back
-from .denoise import Conditioning, Control, Job, Network, Step, Update, denoise
+from .denoise import Conditioning, Control, Job, Network, Step, Update
 from .images import postprocess
 from .ip_adapter import IPAdapterLoader
-from .lora import LoraLoader, at_lora_scale
+from .lora import LoraLoader
 from .notices import warn_caller
 from .prompts import Encoder, embedded, listed
 from .record import write_records
 from .request import Request
 from .safety import StableDiffusionSafetyChecker, checked, extractor
+from .speed import Speed
 from .text import encode_text
 from .textual_inversion import TextualInversionLoader, expanded
 
@@ -58,7 +60,23 @@ class StableDiffusionPipelineOutput(Output):
     nsfw_content_detected: list[bool] | None = None
 
 
-class StableDiffusion(IPAdapterLoader, TextualInversionLoader, LoraLoader, DiffusionPipeline):
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """What a task makes of a request.
+
+    `start` gives the job its first latents, unless the request brought them. `finish`, if given, is
+    applied to the decoded pictures.
+    """
+
+    request: Request
+    plan: Plan
+    start: Callable[[Job], Job]
+    finish: Callable[[Any], Any] | None = None
+
+
+class StableDiffusion(
+    Approximations, Speed, IPAdapterLoader, TextualInversionLoader, LoraLoader, DiffusionPipeline
+):
     """Stable Diffusion 1.x and 2.x, and LCMs made from them: CLIP text encoder, UNet and VAE.
 
     Works for guidance by two network calls (batched as one), for guidance as an input of the
@@ -193,7 +211,7 @@ class StableDiffusion(IPAdapterLoader, TextualInversionLoader, LoraLoader, Diffu
         self.vae.disable_slicing()
 
     def enable_vae_tiling(self) -> None:
-        """Decode and encode large pictures in overlapping tiles, to save memory."""
+        """Decode and encode in stripes, to save memory: the same pictures but for rounding."""
         self.vae.enable_tiling()
 
     def disable_vae_tiling(self) -> None:
@@ -449,9 +467,10 @@ class StableDiffusion(IPAdapterLoader, TextualInversionLoader, LoraLoader, Diffu
         """Pictures of latents (B, C, h, w), as `output_type` asks; "latent" gives them back."""
         if output_type == "latent":
             return z
+        before = self.vae.dtype
         with self.safe_vae() as dtype:
             unscaled = self.unscaled(z).to(self.vae.device, dtype)
-            (pictures,) = self.vae.decode(unscaled, return_dict=False)
+            pictures = self.decoded(unscaled, is_settled=dtype == before)
         return postprocess(pictures, output_type)
 
     @contextmanager
@@ -490,43 +509,21 @@ class StableDiffusion(IPAdapterLoader, TextualInversionLoader, LoraLoader, Diffu
 
     # ── the whole way ──
 
-    @at_lora_scale
     @torch.no_grad()
-    def generate(
-        self,
-        request: Request,
-        plan: Plan,
-        start: Callable[[Job], Job],
-        finish: Callable[[Any], Any] | None = None,
-    ) -> StableDiffusionPipelineOutput | tuple[Any, ...]:
-        """The answer to a request: text to tensors, `start`, the loop, latents to pictures.
+    def generate(self, assignment: Assignment) -> StableDiffusionPipelineOutput | tuple[Any, ...]:
+        """The answer to a request: text to tensors, the start, the loop, latents to pictures."""
+        with self.lora_scaled(assignment.request.cross_attention_kwargs):
+            z, job = self.sample(assignment, self.unet)
+            return self.finished(z, job, assignment)
 
-        `start` gives the job its first latents, unless the request brought them. `finish`, if
-        given, is applied to each decoded batch of pictures.
-        """
-        z, job = self.sample(request, plan, start, self.unet)
-        images: Any = self.decode(z, request.output_type)
-        flags = None
-        if request.output_type != "latent":
-            images, flags = checked(self, images)
-        if finish is not None:
-            images = finish(images)
-        if isinstance(images, list):
-            write_records(images, self, request, job)
-        if not request.return_dict:
-            return (images, flags) if self.flags_pictures else (images,)
-        return StableDiffusionPipelineOutput(images, flags)
-
-    def sample(
-        self, request: Request, plan: Plan, start: Callable[[Job], Job], network: Network
-    ) -> tuple[Tensor, Job]:
+    def sample(self, assignment: Assignment, network: Network) -> tuple[Tensor, Job]:
         """z_0 of a request, by the loop, and the job that it was made from."""
+        request, plan = assignment.request, assignment.plan
         self._interrupt = False
         self._guidance_scale = request.guidance_scale
         self._num_timesteps = len(plan.timesteps)
         advise(self, request, self._num_timesteps)
-        job = start(self.prepare(request, plan))
-        job = replace(job, controls=self.controls(request, job))
+        job = self.begun(assignment)
         with self.progress_bar(total=len(plan.timesteps)) as bar:
 
             def on_step(step: Step) -> Step:
@@ -534,4 +531,26 @@ class StableDiffusion(IPAdapterLoader, TextualInversionLoader, LoraLoader, Diffu
                 bar.update()
                 return replace(step, stop=self._interrupt)
 
-            return denoise(network, job, on_step), job
+            return self.loop(network, job, request, on_step, bar.update), job
+
+    def begun(self, assignment: Assignment) -> Job:
+        """The job of a request, at its start and with its controls."""
+        request = assignment.request
+        job = assignment.start(self.prepare(request, assignment.plan))
+        return replace(job, controls=self.controls(request, job))
+
+    def finished(
+        self, z: Tensor, job: Job, assignment: Assignment
+    ) -> StableDiffusionPipelineOutput | tuple[Any, ...]:
+        """What a call returns for z_0 (B, C, h, w)."""
+        request, flags = assignment.request, None
+        images: Any = self.decode(z, request.output_type)
+        if request.output_type != "latent":
+            images, flags = checked(self, images)
+        if assignment.finish is not None:
+            images = assignment.finish(images)
+        if isinstance(images, list):
+            write_records(images, self, request, job)
+        if not request.return_dict:
+            return (images, flags) if self.flags_pictures else (images,)
+        return StableDiffusionPipelineOutput(images, flags)

@@ -15,7 +15,9 @@ from torch import nn
 
 from ..checkpoints.config import LAYOUT_VERSION, write_json
 from ..checkpoints.locate import Source, index_names, weights_name
+from ..checkpoints.weights import read_ahead
 from ..errors import CheckpointError, UnsupportedConfig
+from ..imports import first_import
 from ..models.base import Model
 from ..schedulers import SCHEDULER_CONFIG_NAME, Scheduler, scheduler_from_config
 from .notices import warn_caller
@@ -89,7 +91,9 @@ def load_parts(
     for part in parts:
         check_class(part)
     variants = choose_variants(root, parts, variant)
-    local = root.folder(wanted_files(root, parts, variants))
+    wanted = wanted_files(root, parts, variants)
+    local = root.folder(wanted)
+    read_ahead(local / name for name in wanted if name.endswith(".safetensors"))
     for part in parts:
         source = Source(str(local), subfolder=part.name, variant=variants.get(part.name))
         loaded[part.name] = load_part(part, source, dtype)
@@ -168,11 +172,11 @@ def load_part(part: Part, source: Source, dtype: torch.dtype | None) -> Any:
     if part.name == "scheduler":
         return scheduler_from_config(source.read_json(SCHEDULER_CONFIG_NAME))
     if part.class_name in TOKENIZERS:
-        tokenizer = getattr(importlib.import_module("transformers"), TOKENIZERS[part.class_name])
+        tokenizer = imported("transformers", TOKENIZERS[part.class_name])
         return tokenizer.from_pretrained(str(source.folder()), local_files_only=True)
     if part.name == EXTRACTOR:
         return image_processor().from_pretrained(str(source.folder()), local_files_only=True)
-    network = getattr(importlib.import_module(NETWORKS[part.class_name]), part.class_name)
+    network = imported(NETWORKS[part.class_name], part.class_name)
     if issubclass(network, Model):
         return network.from_pretrained(
             source.path,
@@ -183,6 +187,12 @@ def load_part(part: Part, source: Source, dtype: torch.dtype | None) -> Any:
     if NETWORKS[part.class_name] != "transformers":
         return network.from_pretrained(source, dtype)
     return load_text_encoder(network, source, dtype)
+
+
+def imported(module: str, name: str) -> Any:
+    """The class `name` of `module`."""
+    with first_import("transformers.modeling_utils"):
+        return getattr(importlib.import_module(module), name)
 
 
 def image_processor() -> Any:

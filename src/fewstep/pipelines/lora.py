@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -39,7 +38,6 @@ from ..models.lora import (
     targets,
 )
 from .notices import warn_caller
-from .request import Request
 
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 
@@ -439,19 +437,6 @@ class LoraLoader:
     def _merge(self) -> None:
         for module in self._networks.values():
             adapters_of(module).merge(module)
-
-
-def at_lora_scale(
-    generate: Callable[Concatenate[LoraT, Request, P], ResultT],
-) -> Callable[Concatenate[LoraT, Request, P], ResultT]:
-    """`generate` of a pipeline, its LoRAs scaled as the request's cross_attention_kwargs say."""
-
-    @wraps(generate)
-    def scaled(pipe: LoraT, request: Request, *args: P.args, **kwargs: P.kwargs) -> ResultT:
-        with pipe.lora_scaled(request.cross_attention_kwargs):
-            return generate(pipe, request, *args, **kwargs)
-
-    return scaled
 
 
 def checked(tensors: Mapping[str, Any]) -> dict[str, Tensor]:

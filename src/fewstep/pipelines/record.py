@@ -10,6 +10,7 @@ import PIL.Image
 import torch
 
 from .. import __version__
+from .approximations import approximations_of
 from .denoise import Job
 from .request import Request
 
@@ -47,6 +48,7 @@ def record(
         "width": size[0],
         "height": size[1],
         "loras": pipe.active_lora_record(),
+        "approximations": approximations_of(pipe),
         "scheduler": type(pipe.scheduler).__name__,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "device": pipe.unet.device.type,

@@ -14,6 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 from .arguments import MEANINGS, hint
+from .families import Assignment
 from .request import Request
 
 
@@ -22,12 +23,14 @@ def call(
 ) -> Callable[..., Any]:
     """A pipeline's `__call__`: binds `arguments` to a Request of `kind`, which `task` gets.
 
-    An unknown keyword is a TypeError that says what may have been meant.
+    An unknown keyword is a TypeError that says what may have been meant. Its attribute `assigned`
+    takes the same arguments and gives the Assignment, for who runs the loop himself.
     """
     signature = signature_of(arguments, kind)
     names = [name for name in signature.parameters if name != "self"]
 
-    def __call__(*args: Any, **kwargs: Any) -> Any:
+    def assigned(*args: Any, **kwargs: Any) -> Any:
+        """What the task makes of a call, before any step is taken."""
         pipe = args[0]
         for name in kwargs:
             if name not in names:
@@ -39,6 +42,11 @@ def call(
         asked = dict(bound.arguments)
         return task(asked.pop("self"), kind.asked(**asked))
 
+    def __call__(*args: Any, **kwargs: Any) -> Any:
+        made = assigned(*args, **kwargs)
+        return args[0].generate(made) if isinstance(made, Assignment) else made
+
+    __call__.assigned = assigned  # type: ignore[attr-defined]
     __call__.__signature__ = signature  # type: ignore[attr-defined]
     __call__.__doc__ = docstring(task, names)
     return __call__

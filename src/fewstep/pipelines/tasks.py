@@ -1,6 +1,6 @@
 """The tasks: what a request becomes before the loop. catalog.py lists the pipelines of each.
 
-A task makes a plan of times and a start of a Request; the rest is shared.
+A task makes an Assignment of a Request: a plan of times and a start; the rest is shared.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from torch.nn import functional as F
 from ..errors import RequestError
 from ..schedulers import LCMScheduler, Plan
 from .denoise import Job
-from .families import StableDiffusion
+from .families import Assignment, StableDiffusion
 from .images import preprocess
 from .masks import Canvas, canvas_of, fitted
 from .request import Request
 
 
-def text_to_image(pipe: StableDiffusion, request: Request) -> Any:
+def text_to_image(pipe: StableDiffusion, request: Request) -> Assignment:
     """Pictures of a text."""
-    return pipe.generate(request, section(pipe, pipe.plan(request), request), Job.from_noise)
+    return Assignment(request, section(pipe, pipe.plan(request), request), Job.from_noise)
 
 
-def image_to_image(pipe: StableDiffusion, request: Request) -> Any:
+def image_to_image(pipe: StableDiffusion, request: Request) -> Assignment:
     """Pictures of a text, made from other pictures: the last `strength` of the steps are taken."""
     plan = section(pipe, pipe.plan(request), request)
     request, start = from_image(pipe, request)
-    return pipe.generate(request, plan, start)
+    return Assignment(request, plan, start)
 
 
-def inpaint(pipe: StableDiffusion, request: Request) -> Any:
+def inpaint(pipe: StableDiffusion, request: Request) -> Assignment:
     """Pictures in which the white part of a mask is drawn anew, by a text."""
     plan = section(pipe, pipe.plan(request), request)
     size = pipe.size(request)
@@ -60,22 +60,22 @@ def inpaint(pipe: StableDiffusion, request: Request) -> Any:
     def start(job: Job) -> Job:
         return repainting(pipe, request, canvas, job)
 
-    return pipe.generate(request, plan, start, canvas.finish)
+    return Assignment(request, plan, start, canvas.finish)
 
 
-def lcm_text_to_image(pipe: StableDiffusion, request: Request) -> Any:
+def lcm_text_to_image(pipe: StableDiffusion, request: Request) -> Assignment:
     """Pictures of a text, in a few steps of a guidance-distilled latent consistency model."""
-    return pipe.generate(request, lcm_plan(pipe, request), Job.from_noise)
+    return Assignment(request, lcm_plan(pipe, request), Job.from_noise)
 
 
-def lcm_image_to_image(pipe: StableDiffusion, request: Request) -> Any:
+def lcm_image_to_image(pipe: StableDiffusion, request: Request) -> Assignment:
     """Pictures of a text, made from other pictures in a few steps of a latent consistency model.
 
     All steps are taken; `strength` says how high the noise is that they start from.
     """
     plan = lcm_plan(pipe, request, strength=request.strength)
     request, start = from_image(pipe, request)
-    return pipe.generate(request, plan, start)
+    return Assignment(request, plan, start)
 
 
 # ── where a run starts ──

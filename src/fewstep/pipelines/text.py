@@ -77,7 +77,8 @@ def tokenized(
         truncation=True,
         return_tensors="pt",
     )
-    warn_of_cut_text(tokenizer, prompts, length or limit)
+    if tokens.attention_mask[:, -1].any():  # no padding: there may have been more
+        warn_of_cut_text(tokenizer, prompts, length or limit)
     return tokens
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.config import Config
-from ..diffusion import dpm_solver_step
+from ..diffusion import at_rows, dpm_solver_step
 from ..errors import RequestError, UnsupportedConfig
 from ..random import Generators
 from .base import Plan
@@ -108,7 +108,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         """What steps go by, of the prediction `z0` at (z, t): itself, or the noise it implies."""
         if not self.is_of_noise:
             return z0
-        alpha, sigma = self.noise_schedule.alpha_sigma(t.to(z.device), z0)
+        alpha, sigma = self.noise_schedule.alpha_sigma(at_rows(t, z), z0)
         return (z.to(z0.dtype) - alpha * z0) / sigma
 
     def plan(
@@ -173,7 +173,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
     def prediction(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """z_0 (B, ...) in the dtype that steps are computed in."""
         dtype = working_dtype(z)
-        z0 = self.noise_schedule.to_z0(output.to(dtype), z.to(dtype), t.to(z.device))
+        z0 = self.noise_schedule.to_z0(output.to(dtype), z.to(dtype), at_rows(t, z))
         config = self.config
         if not config.thresholding:
             return z0
@@ -188,12 +188,11 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
     ) -> Tensor:
         """z at `t_next` by the last predictions (time, what is followed), the newest first."""
         dtype = working_dtype(z)
-        t_next = t_next.clamp(min=self.end)
-        is_noisy = self.is_stochastic and bool((t_next >= 0).any())
+        is_noisy = self.is_stochastic and bool((t_next.clamp(min=self.end) >= 0).any())
         z_next = dpm_solver_step(
             z.to(dtype),
-            [(t.to(z.device), z0) for t, z0 in predictions],
-            t_next.to(z.device),
+            [(at_rows(t, z), z0) for t, z0 in predictions],
+            at_rows(t_next, z).clamp(min=self.end),
             self.noise_schedule,
             noise=draw().to(dtype) if is_noisy else None,
             heun=self.config.solver_type == "heun",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..diffusion import lcm_step, lcm_timesteps
+from ..diffusion import at_rows, lcm_step, lcm_timesteps
 from ..errors import RequestError
 from ..outputs import Output
 from ..random import Generators
@@ -107,8 +107,8 @@ class LCMScheduler(DistilledScheduler):
         z_next, z0 = lcm_step(
             output.to(dtype),
             z.to(dtype),
-            t.to(z.device),
-            t_next.to(z.device),
+            at_rows(t, z),
+            at_rows(t_next, z),
             None if noise is None else noise.to(dtype),
             self.noise_schedule,
             self.config.timestep_scaling,

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.config import Config
-from ..diffusion import NoiseSchedule, betas_for, bounded_ddim_step, expand, rescale_to_zero_snr
+from ..diffusion import (
+    NoiseSchedule,
+    at_rows,
+    betas_for,
+    bounded_ddim_step,
+    expand,
+    rescale_to_zero_snr,
+)
 from ..errors import RequestError, UnsupportedConfig
 from ..outputs import Output
 from ..random import Generators, randn
@@ -124,8 +131,8 @@ class SamplingScheduler(Scheduler):
         z_next, z0 = bounded_ddim_step(
             output.to(dtype),
             z.to(dtype),
-            t.to(z.device),
-            t_next.to(z.device).clamp(min=self.end),
+            at_rows(t, z),
+            at_rows(t_next, z).clamp(min=self.end),
             self.noise_schedule,
             **how,
         )
@@ -133,7 +140,7 @@ class SamplingScheduler(Scheduler):
 
     def diffuse(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """z_t from z_0 and noise (B, ...) at times t (B,)."""
-        return self.noise_schedule.add_noise(z0, noise, t.to(z0.device))
+        return self.noise_schedule.add_noise(z0, noise, at_rows(t, z0))
 
     # ── diffusers' stepping ──
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..diffusion import tcd_step
+from ..diffusion import at_rows, tcd_step
 from ..errors import RequestError
 from ..outputs import Output
 from ..random import Generators
@@ -76,7 +76,7 @@ class TCDScheduler(DistilledScheduler):
         noise = draw() if eta > 0 and bool((t_next >= 0).any()) else None
         z_next, _ = self.down_and_up(output, z, t, t_next, noise, eta)
         dtype = working_dtype(z)
-        z0 = self.noise_schedule.to_z0(output.to(dtype), z.to(dtype), t.to(z.device))
+        z0 = self.noise_schedule.to_z0(output.to(dtype), z.to(dtype), at_rows(t, z))
         return z_next, z0.to(z.dtype)
 
     def down_and_up(
@@ -87,8 +87,8 @@ class TCDScheduler(DistilledScheduler):
         z_next, z_s = tcd_step(
             output.to(dtype),
             z.to(dtype),
-            t.to(z.device),
-            t_next.to(z.device),
+            at_rows(t, z),
+            at_rows(t_next, z),
             None if noise is None else noise.to(dtype),
             self.noise_schedule,
             eta,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import RequestError
-from ..models.layers import ResnetBlock, Transformer2D
+from ..models.layers import Context, ResnetBlock, Time, Transformer2D
 from .config import ConsistencyPhase, Recipe, Run
 from .estimates import GIB, Estimate
 from .loop import precision_of
@@ -134,7 +134,10 @@ def network_rate(device: torch.device, run: Run) -> float:
             nn.init.constant_(parameter, 0.01)
     with torch.device(device):
         x = torch.linspace(-1, 1, rows * CHANNELS * side**2).reshape(rows, CHANNELS, side, side)
-        beside = [torch.ones(rows, 4 * CHANNELS), torch.ones(rows, 77, 768)]
+        beside = [
+            Time(torch.ones(rows, 4 * CHANNELS)),
+            Context(torch.ones(rows, 77, 768)),
+        ]
     x.requires_grad_(True)
 
     def step() -> None:

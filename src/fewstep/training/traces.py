@@ -112,9 +112,9 @@ def as_on_device(network: nn.Module, device: str, precision: str) -> None:
 
 
 def _within(forward: Forward, dtype: torch.dtype | None, fused: bool) -> Forward:
-    def inside(*args: Any) -> Any:
+    def inside(*args: Any, **kwargs: Any) -> Any:
         with Precision(dtype, fused):
-            return forward(*args)
+            return forward(*args, **kwargs)
 
     return inside
 
