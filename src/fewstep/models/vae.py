@@ -244,6 +244,7 @@ class Autoencoder(Model):
     use_tiling = False
     exact_tiling = True
     stripe: int | None = None  # rows of the exact way's stripes; None: what memory suggests
+    has_posterior: ClassVar[bool] = True  # from which latents of pictures are drawn
 
     @property
     def downscale(self) -> int:

@@ -155,6 +155,7 @@ class AutoencoderTiny(Autoencoder):
 
     config_class = TinyConfig
     config: TinyConfig
+    has_posterior = False
 
     def __init__(self, **config: Any) -> None:
         super().__init__()

@@ -459,6 +459,17 @@ class StableDiffusion(
         z0 = self.scaled(mean).to(job.cond.text.device, job.dtype)
         return z0.repeat_interleave(rows // len(z0), 0)
 
+    def pass_over(self, pictures: Tensor, job: Job) -> None:
+        """Draws what `encode_image` would of pictures whose latents nobody reads.
+
+        Later draws of the generators stand behind it.
+        """
+        if self.vae.has_posterior:
+            each_row_draws = isinstance(job.generator, (list, tuple))
+            rows = job.shape[0] if each_row_draws else len(pictures)
+            with self.safe_vae() as dtype:
+                randn((rows, *job.shape[1:]), job.generator, self.vae.device, dtype)
+
     # ── tensors to pictures ──
 
     def decode(

@@ -150,12 +150,13 @@ def repainting(pipe: StableDiffusion, request: Request, canvas: Canvas, job: Job
             "masked_image_latents is for UNets that see the mask, and this one has "
             f"in_channels={pipe.unet.config.in_channels}; leave it out"
         )
-    # Made for any UNet: its posterior is one of diffusers' draws, which decide the later ones.
-    masked = masked_latents(pipe, request, canvas, job)
     if sees_mask:
+        masked = masked_latents(pipe, request, canvas, job)
         return replace(job, extra_channels=torch.cat([mask, masked], 1).to(pipe.unet.dtype))
     assert z0 is not None
     known = z0
+    # One of diffusers' draws, though only UNets that see the mask need what is drawn.
+    pipe.pass_over(pixels_of(canvas), job)
 
     def keep(z: Tensor, t_next: Tensor) -> Tensor:
         last = t_next < 0
@@ -176,12 +177,17 @@ def masked_latents(pipe: StableDiffusion, request: Request, canvas: Canvas, job:
             )
         z = given.to(job.cond.text.device, job.dtype)
         return z.repeat_interleave(job.shape[0] // len(z), 0)
+    return pipe.encode_image(pixels_of(canvas) * (canvas.masks < 0.5), job)
+
+
+def pixels_of(canvas: Canvas) -> Tensor:
+    """The pictures (B, 3, H, W). Raises RequestError if there are latents in their place."""
     if canvas.pictures.shape[1] != 3:
         raise RequestError(
             "image holds latents, from which no masked picture can be made; give "
             "masked_image_latents too"
         )
-    return pipe.encode_image(canvas.pictures * (canvas.masks < 0.5), job)
+    return canvas.pictures
 
 
 # ── which times a run takes ──
