@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import tempfile
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -53,7 +54,7 @@ def load_image(
         request = urllib.request.Request(image, headers={"User-Agent": "fewstep"})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             picture = PIL.Image.open(io.BytesIO(response.read()))
-    elif isinstance(image, (str, Path)) and Path(image).is_file():
+    elif isinstance(image, (str, Path)) and os.path.isfile(image):
         picture = PIL.Image.open(image)
     else:
         raise RequestError(

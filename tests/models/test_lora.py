@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 
 from fewstep import RequestError, UNet2DConditionModel
 from fewstep.checkpoints.lora_formats import Change
+from fewstep.models import lora
 from fewstep.models.lora import (
     Adapter,
     Adapters,
@@ -22,6 +25,7 @@ from fewstep.models.lora import (
     misfit,
     weight_delta,
     weight_of,
+    write,
 )
 
 OUT, IN, RANK = 6, 4, 2
@@ -188,6 +192,33 @@ def test_merging_starts_from_the_originals_and_ends_there_bit_by_bit(dtype: torc
     expected = expected + 2 * weight_delta(registry.loaded["b"].changes["0"], expected)
     assert torch.equal(merged["0.weight"], expected.to(dtype))
     assert not equal(before, merged)
+    registry.weights = {}
+    registry.merge(module)
+    assert equal(before, state(module))
+    assert not registry._originals and not registry._merged
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_a_merge_that_breaks_off_anywhere_is_made_good_by_the_next(
+    call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = network()
+    before, calls = state(module), itertools.count()
+    registry = adapters_of(module)
+    registry.loaded = {"a": adapter(1)}
+
+    def breaks(parameter: Tensor, value: Tensor) -> None:
+        if next(calls) == call:
+            raise MemoryError
+        write(parameter, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "write", breaks)
+        for weights in ({"a": 1.0}, {}):  # three writes each
+            registry.weights = weights
+            with suppress(MemoryError):
+                registry.merge(module)
+    assert next(calls) > call
     registry.weights = {}
     registry.merge(module)
     assert equal(before, state(module))

@@ -17,12 +17,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from ..errors import CheckpointError, UnsupportedConfig
+from ..errors import CheckpointError, FewstepError, UnsupportedConfig
 
 # The layout of the files written. Readers of diffusers adjust configs of versions before 0.9.
 LAYOUT_VERSION = "0.40.0"
 
 DEFAULTED = "_use_default_values"  # diffusers' name for: these keys were given by nobody
+
+# Words in the names of sizes -> more than any model has; such a file would fill the memory, or keep
+# a constructor busy for ever. All other numbers are at most the last.
+LARGEST_OF = {"layers": 256, "blocks": 256, "length": 4096, "timesteps": 100_000}
+LARGEST = 1 << 20
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 
@@ -54,6 +59,7 @@ class Config(Mapping[str, Any]):
         known = {field.name for field in fields(cls)}
         for key, value in given.items():
             cls._require_supported(key, value, known)
+        check_sizes({key: value for key, value in given.items() if key in known})
         config = cls(**{key: value for key, value in given.items() if key in known})
         carried = {key: value for key, value in given.items() if key not in known}
         object.__setattr__(config, "_carried", carried)
@@ -72,7 +78,7 @@ class Config(Mapping[str, Any]):
         elif key not in known and cls.STRICT and not key.startswith("_"):
             near = difflib.get_close_matches(key, [*known, *cls.INERT], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UnsupportedConfig(f"{cls.__name__} does not know {key}={value!r}{hint}")
+            raise UnsupportedConfig(f"{cls.__name__} does not know {key}={repr(value)[:80]}{hint}")
 
     @classmethod
     def knows(cls, key: str) -> bool:
@@ -115,11 +121,50 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
+def check_sizes(stored: Mapping[str, Any]) -> None:
+    """Raises UnsupportedConfig for an integer, also within lists, that no size can be."""
+    for key, value in stored.items():
+        most = next((most for word, most in LARGEST_OF.items() if word in key), LARGEST)
+        if isinstance(value, Mapping):
+            check_sizes(value)
+        for number in flat(value):
+            if isinstance(number, int) and not -most <= number <= most:
+                raise UnsupportedConfig(f"{key} holds {number}, which is more than {most}")
+
+
+def flat(value: Any) -> Iterator[Any]:
+    """What a value holds, within lists of lists."""
+    if not isinstance(value, (list, tuple)):
+        yield value
+        return
+    for each in value:
+        yield from flat(each)
+
+
+@contextmanager
+def understood(place: str) -> Iterator[None]:
+    """Whatever goes wrong in the block for what files hold is a CheckpointError about `place`.
+
+    Files come from anywhere, and their values need not be what constructors expect.
+    """
+    try:
+        yield
+    except (FewstepError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error).lower():
+            raise
+        said = next(iter(str(error).splitlines()), "")[:200]
+        raise CheckpointError(
+            f"{place} cannot be loaded: {type(error).__name__}: {said}; is it damaged?"
+        ) from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object of a JSON file. Raises CheckpointError if it holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not text, or too deep
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object")

@@ -6,9 +6,11 @@ was looked for and what was found.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -59,11 +61,14 @@ class Source:
 
         path = str(PurePosixPath(self.subfolder or "") / name)
         try:
-            return Path(
-                hf_hub_download(
-                    self.path, path, force_download=self.force_download, **self._hub_arguments()
+            with self._verified():
+                return Path(
+                    hf_hub_download(
+                        self.path, path, force_download=self.force_download, **self._hub_arguments()
+                    )
                 )
-            )
+        except CheckpointError:
+            raise
         except Exception as error:  # the hub's clients raise errors of several libraries
             raise CheckpointError(
                 f"{path} of {self.path!r} could not be fetched: {error}"
@@ -93,14 +98,17 @@ class Source:
             prefix = f"{self.subfolder.strip('/')}/" if self.subfolder else ""
             wanted = None if patterns is None else [prefix + pattern for pattern in patterns]
             try:
-                folder = Path(
-                    snapshot_download(
-                        self.path,
-                        allow_patterns=wanted,
-                        force_download=self.force_download,
-                        **self._hub_arguments(),
+                with self._verified():
+                    folder = Path(
+                        snapshot_download(
+                            self.path,
+                            allow_patterns=wanted,
+                            force_download=self.force_download,
+                            **self._hub_arguments(),
+                        )
                     )
-                )
+            except CheckpointError:
+                raise
             except Exception as error:  # as in fetch
                 raise CheckpointError(f"{self.path!r} could not be fetched: {error}") from error
         return folder / (self.subfolder or "")
@@ -109,7 +117,7 @@ class Source:
     def _held(self) -> tuple[Path | None, tuple[str, ...]]:
         """The folder if it is on this machine, and the names of all its files or of the hub's."""
         local = Path(self.path)
-        if local.is_dir():
+        if os.path.isdir(local):  # False too of names that no file can have
             return local, _walk(local, self.subfolder)
         if self.local_files_only:
             return self._cached("local_files_only=True")
@@ -172,6 +180,29 @@ class Source:
             folder = Path(found)
         return folder, _walk(folder, self.subfolder)
 
+    @contextmanager
+    def _verified(self) -> Iterator[None]:
+        """Files that come from the hub in the block have the sha256 that they are kept under.
+
+        The hub's client compares sizes only. A file that differs is removed: a CheckpointError.
+        """
+        before = self._weights_kept()
+        yield
+        for path, _ in self._weights_kept().items() - before.items():
+            if checksum(path) != path.name:
+                path.unlink(missing_ok=True)
+                raise CheckpointError(
+                    f"a file of {self.path!r} came damaged and was removed; try again"
+                )
+
+    def _weights_kept(self) -> dict[Path, int]:
+        """The large files of the repository in the hub's cache, and when they were written."""
+        from huggingface_hub import constants
+
+        cache = Path(self.cache_dir or constants.HF_HUB_CACHE)
+        kept = (cache / f"models--{self.path.replace('/', '--')}" / "blobs").glob("?" * 64)
+        return {path: path.stat().st_mtime_ns for path in kept}
+
     def _hub_arguments(self) -> dict[str, Any]:
         return {
             "revision": self.revision,
@@ -204,6 +235,15 @@ class Source:
         raise CheckpointError(
             f"no file {name} in {self.path!r}{place}; there is: {shown or 'nothing'}{remedy}"
         )
+
+
+def checksum(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def weights_name(stem: str, variant: str | None = None) -> str:

@@ -15,19 +15,19 @@ go by; nothing is guessed from its spelling.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
 from .known.names import unet_names
 from .locate import HOW_TO_CONVERT, PICKLED, Source
-from .weights import read_tensors
+from .weights import opened
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 # Files of a training run that are no LoRA.
@@ -112,10 +112,10 @@ def find_lora(place: Source, weight_name: str | None) -> Path:
     wanted = place.path if weight_name is None else weight_name
     if wanted.lower().endswith(PICKLED):
         raise CheckpointError(f"{wanted} is not a safetensors file: {HOW_TO_CONVERT}")
-    if path.is_file() or (weight_name is None and path.suffix == ".safetensors"):
+    if os.path.isfile(path) or (weight_name is None and path.suffix == ".safetensors"):
         if weight_name not in (None, path.name):
             raise CheckpointError(f"{path} is a file; leave weight_name={weight_name!r} out")
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise CheckpointError(f"there is no file {path}")
         return path
     names = place.names()
@@ -150,15 +150,15 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     PEFT itself puts its config beside the file, diffusers into it with a network's name in front.
     """
-    tensors = dict(read_tensors([path]))
-    with safe_open(path, framework="pt", device="cpu") as file:
+    with opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         stored = (file.metadata() or {}).get(CONFIG_KEY)
     beside = path.with_name(PEFT_CONFIG_NAME)
     if any(key.startswith(PEFT_PREFIX) for key in tensors) and beside.is_file():
         stored = beside.read_text(encoding="utf-8")
     try:
         config = json.loads(stored) if stored else {}
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the LoRA config of {path} is not valid JSON: {error}") from error
     return tensors, config if isinstance(config, dict) else {}
 

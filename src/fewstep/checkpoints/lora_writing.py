@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import RequestError
-from .config import replacing
 from .known.names import unet_names
 from .lora_formats import CONFIG_KEY, Change, Changes
+from .weights import save_tensors
 
 Form = Literal["diffusers", "kohya"]
 LOW_RANK = {"down", "up"}
@@ -58,8 +57,7 @@ def write_lora_file(
     else:
         tensors = kohya_form(changes, unet_config)
         header |= kohya_header(changes, unet_config)
-    with replacing(path) as beside:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, beside, header)
+    save_tensors(tensors, path, header)
     return path
 
 

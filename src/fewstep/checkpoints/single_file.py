@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, RequestError
 from .known.names import Names, Piece
 from .legacy_names import modern_shape
 from .locate import HOW_TO_CONVERT, PICKLED, Source
+from .weights import check_numbers, opened
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -51,14 +51,11 @@ class SingleFile:
     def open(cls, path: Path) -> SingleFile:
         """The names and shapes of a file; its tensors stay on disk."""
         shapes, written = {}, {}
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for key in file.keys():  # noqa: SIM118 -- not a mapping
-                    name = canonical(key)
-                    shapes[name] = tuple(file.get_slice(key).get_shape())
-                    written[name] = key
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+        with opened(path) as file:
+            for key in file.keys():  # noqa: SIM118 -- not a mapping
+                name = canonical(key)
+                shapes[name] = tuple(file.get_slice(key).get_shape())
+                written[name] = key
         return cls(path, shapes, written)
 
     def has(self, prefix: str) -> bool:
@@ -86,7 +83,8 @@ class SingleFile:
         pieces = {name: names(name) for name in wanted}
         self._check(type(module).__name__, pieces, prefix, spare)
         state: dict[str, Tensor] = {}
-        with safe_open(self.path, framework="pt", device="cpu") as file:
+        is_float = {name: v.is_floating_point() for name, v in module.state_dict().items()}
+        with opened(self.path) as file:
             for name, piece in pieces.items():
                 key = self.written[prefix + piece.key]
                 value = modern_shape(piece.of(file.get_tensor(key)), wanted[name])
@@ -96,6 +94,7 @@ class SingleFile:
                         f"the config asks for {wanted[name]}; pass config= with the folder that "
                         "belongs to the file"
                     )
+                check_numbers(key, value, is_float[name], self.path)
                 state[name] = value.to(dtype) if dtype and value.is_floating_point() else value
         module.load_state_dict(state, strict=True, assign=True)
         return module.eval()
@@ -145,13 +144,13 @@ def find_file(
     """
     given = os.fspath(place)
     local = Path(given)
-    if local.is_dir():
+    if os.path.isdir(local):
         raise CheckpointError(f"{given} is a folder; load it with from_pretrained")
     if given.split("?")[0].lower().endswith(PICKLED):
         raise CheckpointError(f"{given} is not a safetensors file: {HOW_TO_CONVERT}")
     if not given.split("?")[0].lower().endswith(SUFFIXES):
         raise CheckpointError(f"{given} must be the name of a .safetensors file")
-    if local.is_file():
+    if os.path.isfile(local):
         return local
     match = HUB_FILE.fullmatch(given)
     if match is None or local.is_absolute():

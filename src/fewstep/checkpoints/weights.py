@@ -6,7 +6,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import CheckpointError, RequestError
 from .config import replacing, write_json
 from .legacy_names import modern_name, modern_shape
-from .locate import index_names, weights_name
+from .locate import HOW_TO_CONVERT, index_names, weights_name
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -41,6 +41,11 @@ FILLS = frozenset(
         "zeros",
     ]
 )
+
+# Bytes of a file's list of tensors; those of large models have one or two hundred thousand.
+LARGEST_HEADER = 16 << 20
+MOST_TENSORS = 50_000  # of a file; the largest models have some thousands
+OFFSETS = re.compile(rb'"data_offsets"\s*:\s*\[')  # each tensor of the list has one
 
 
 class Unfilled(TorchFunctionMode):
@@ -77,6 +82,7 @@ def load_weights(
     with torch.device("meta"), Unfilled():
         module = build()
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    is_float = {key: value.is_floating_point() for key, value in module.state_dict().items()}
     state: dict[str, Tensor] = {}
     surplus = []
     for key, value in read_tensors(files):
@@ -90,6 +96,7 @@ def load_weights(
                 f"{key} has shape {tuple(value.shape)} in {files[0].parent}, "
                 f"but the config asks for {wanted[name]}"
             )
+        check_numbers(key, value, is_float[name], files[0].parent)
         state[name] = value.to(dtype) if dtype and value.is_floating_point() else value
     missing = [key for key in wanted if key not in state]
     if missing or surplus:
@@ -121,12 +128,47 @@ def read_ahead(files: Iterable[Path]) -> None:
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     """Each name and tensor of the safetensors `files`, mapped: read from disk when first used."""
     for path in files:
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for key in file.keys():  # noqa: SIM118 -- not a mapping
-                    yield key, file.get_tensor(key)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+        with opened(path) as file:
+            for key in file.keys():  # noqa: SIM118 -- not a mapping
+                yield key, file.get_tensor(key)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, its list of tensors checked, to read from within the block.
+
+    Raises CheckpointError for any other file, and for a list that is too long to be a model's or
+    names a tensor twice, of which readers would take different ones.
+    """
+    try:
+        named = sum(1 for _ in OFFSETS.finditer(read_header(path)))
+        if named > MOST_TENSORS:
+            raise CheckpointError(f"{path} names {named} tensors, which is no model's number")
+        with safe_open(path, framework="pt", device="cpu") as file:
+            if named != len(file.keys()):
+                raise CheckpointError(f"{path} names a tensor more than once; it is damaged")
+            yield file
+    except (SafetensorError, IsADirectoryError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def read_header(path: Path) -> bytes:
+    """The list of tensors of a file, or what stands in its place."""
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        size = int.from_bytes(start, "little")
+        if size <= LARGEST_HEADER:
+            return stream.read(size)
+    reason = f"its list of tensors would have {size} bytes (at most {LARGEST_HEADER} are read)"
+    if start.startswith((b"PK", b"\x80")):
+        reason = f"it is a zip file or a pickle; {HOW_TO_CONVERT}"
+    raise CheckpointError(f"{path} is not a whole safetensors file: {reason}")
+
+
+def check_numbers(key: str, value: Tensor, is_float: bool, place: Path) -> None:
+    """Raises CheckpointError for a tensor whose numbers are of another kind than its network's."""
+    if value.is_floating_point() != is_float:
+        raise CheckpointError(f"{key} holds {value.dtype} in {place}, which no network computes in")
 
 
 def save_weights(
@@ -166,6 +208,16 @@ def save_weights(
     whole = {weights_name(stem, variant), *index_names(stem, variant)}
     _remove_earlier(folder, middle, whole, written)
     return written
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes tensors as one safetensors file: all of it, or on failure nothing."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        with replacing(path) as beside:
+            save_file(plain, beside, dict(metadata))
+    except SafetensorError as error:  # a full disk, among others
+        raise CheckpointError(f"{path} could not be written: {error}") from error
 
 
 def parse_size(size: int | str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -146,13 +147,13 @@ def files_of(addition: Addition) -> list[Path]:
 def shipped(name: str) -> str:
     """The folder of what comes with the embedded model under this name; any other name as it is."""
     folder = EMBEDDED.parent / name
-    return str(folder) if name == folder.name and folder.is_dir() else name
+    return str(folder) if name == folder.name and os.path.isdir(folder) else name
 
 
 def parts_of(name: str) -> tuple[str, str | None]:
     """`owner/repository/file.safetensors` as the repository and the file; anything else whole."""
     found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)/(.+\.safetensors)", name)
-    if found is None or Path(name).exists():
+    if found is None or os.path.exists(name):
         return shipped(name), None
     return found[1], found[2]
 
@@ -160,7 +161,7 @@ def parts_of(name: str) -> tuple[str, str | None]:
 def ip_adapter_place(addition: Addition) -> tuple[str, str, str]:
     """(folder or hub repository, folder in it, file) of an IP-Adapter's name."""
     path = Path(addition.id)
-    if path.is_file():
+    if os.path.isfile(path):
         return str(path.parent), "", path.name
     repository, file = parts_of(addition.id)
     if file is None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -252,7 +251,7 @@ def load(
         )
         raise RequestError(f"--model {name}: {said}") from error
     except (FewstepError, OSError) as error:
-        remedy = "" if Path(place).is_dir() else "; give a folder or a hub repository that is there"
+        remedy = "" if os.path.isdir(place) else "; give a folder or a hub repository that is there"
         raise CheckpointError(f"--model {name}: {error}{remedy}") from error
     pipe.set_progress_bar_config(disable=True)
     if scheduler is not None:
@@ -289,7 +288,7 @@ def fingerprinted(files: Checkpoint) -> Iterator[Callable[[], str]]:
     def found() -> str:
         return fingerprint(files.weights(WEIGHTS_STEM))
 
-    if not Path(files.path).is_dir():
+    if not os.path.isdir(files.path):
         yield found
         return
     with ThreadPoolExecutor(1) as beside:
@@ -309,7 +308,7 @@ def read_source(path: str, option: str = "--image") -> tuple[PIL.Image.Image, So
 
 def missing(path: str) -> bool:
     """Whether `path` names a file that is not there."""
-    return not path.startswith(("http://", "https://")) and not Path(path).is_file()
+    return not path.startswith(("http://", "https://")) and not os.path.isfile(path)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -127,11 +127,11 @@ def _compiler() -> tuple[str, ...]:
 
 def _folder() -> Path:
     """`kernels` under $FEWSTEP_CACHE or ~/.cache/fewstep, made if missing; only the user writes."""
-    home = Path(os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep").expanduser()
-    folder = home / "kernels"
+    folder = Path(os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep", "kernels")
     try:
+        folder = folder.expanduser()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter where nobody says where ~ is
         raise _Off(f"{folder} cannot be made ({error}): set FEWSTEP_CACHE", warn=True) from None
     return folder
 

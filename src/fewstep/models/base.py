@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from ..checkpoints.config import Config, write_json
+from ..checkpoints.config import Config, understood, write_json
 from ..checkpoints.locate import HOW_TO_CONVERT, Source
 from ..checkpoints.weights import load_weights, save_weights
 from ..errors import RequestError
@@ -109,12 +109,10 @@ class Model(FromSingleFile, nn.Module):
             local_files_only=local_files_only,
             token=token,
         )
-        config = cls.config_class.from_dict(source.read_json(CONFIG_NAME), **overrides)
-        model = load_weights(
-            lambda: cls(**config),
-            source.weights(WEIGHTS_STEM),
-            dtype=resolve_dtype(dtype, torch_dtype),
-        )
+        numbers = resolve_dtype(dtype, torch_dtype)
+        with understood(f"the {cls.__name__} of {Path(source.path, subfolder or '')}"):
+            config = cls.config_class.from_dict(source.read_json(CONFIG_NAME), **overrides)
+            model = load_weights(lambda: cls(**config), source.weights(WEIGHTS_STEM), numbers)
         return model.eval()
 
     def save_pretrained(

@@ -115,7 +115,9 @@ def decomposed(weight: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def misfit(change: Change, module: nn.Module) -> str | None:
-    """Why a change does not fit a module, or None if it does. Computes shapes only."""
+    """Why a change does not fit a module, or None if it does."""
+    if reason := damage(change):
+        return reason
     parts = {name: torch.empty_like(p, device="meta") for name, p in change.parts.items()}
     for name, delta in DELTAS.items():
         if not touches(change, name):
@@ -127,6 +129,18 @@ def misfit(change: Change, module: nn.Module) -> str | None:
             delta(replace(change, parts=parts), torch.empty(base.shape, device="meta"))
         except (ValueError, RuntimeError, IndexError) as error:
             return str(error).splitlines()[0]
+    return None
+
+
+def damage(change: Change) -> str | None:
+    """Why a change makes no weights for any module, or None if it does."""
+    for name, part in change.parts.items():
+        if not part.is_floating_point():
+            return f"its {name} holds {part.dtype}, which no network computes in"
+        if not part.float().isfinite().all():
+            return f"its {name} holds numbers that are not finite"
+    if change.alpha is not None and not math.isfinite(change.alpha):
+        return f"its alpha is {change.alpha}"
     return None
 
 
@@ -247,7 +261,8 @@ class Adapters:
         self.enabled = True
         self.scale = 1.0  # multiplies the weights of all but the fused ones
         self._originals: dict[str, Tensor] = {}  # parameter -> what it was
-        self._merged: dict[str, tuple[tuple[float, Change], ...]] = {}  # module -> its terms
+        # Module -> its terms; None: unknown, since rewriting it was broken off.
+        self._merged: dict[str, tuple[tuple[float, Change], ...] | None] = {}
 
     @property
     def effective(self) -> dict[str, tuple[Adapter, Weight, float]]:
@@ -279,6 +294,7 @@ class Adapters:
             terms = wanted.get(name, ())
             if terms == self._merged.get(name, ()):
                 continue
+            self._merged[name] = None
             for parameter in DELTAS:
                 self._rewrite(name, modules[name], parameter, terms)
             self._merged[name] = terms
@@ -295,7 +311,8 @@ class Adapters:
             return
         target = getattr(module, parameter)
         if not terms:
-            write(target, self._originals.pop(key))
+            write(target, self._originals[key])
+            del self._originals[key]
             return
         original = self._originals.setdefault(key, kept(target))
         base = original.to(target.device, torch.float32)

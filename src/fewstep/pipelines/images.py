@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import RequestError
+from ..errors import CheckpointError, RequestError
 
 Picture = PIL.Image.Image | np.ndarray | Tensor
 Pictures = Picture | Sequence[Picture]
@@ -132,7 +132,14 @@ def postprocess(
     if output_type == "pt":
         return image
     array = image.permute(0, 2, 3, 1).float().cpu().numpy()
-    return array if output_type == "np" else to_pil(array)
+    if output_type == "np":
+        return array
+    if not np.isfinite(array).all():
+        raise CheckpointError(
+            "the picture came out as numbers that are not finite: weights, or those of a LoRA, are "
+            "damaged, or too large for float16; load with torch_dtype=torch.float32 or bfloat16"
+        )
+    return to_pil(array)
 
 
 def check_output_type(output_type: str) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.config import LAYOUT_VERSION, write_json
+from ..checkpoints.config import LAYOUT_VERSION, check_sizes, understood, write_json
 from ..checkpoints.locate import Source, index_names, weights_name
-from ..checkpoints.weights import read_ahead
+from ..checkpoints.weights import opened, read_ahead
 from ..errors import CheckpointError, UnsupportedConfig
 from ..imports import first_import
 from ..models.base import Model
@@ -46,6 +46,9 @@ TOKENIZERS = {"CLIPTokenizer": "CLIPTokenizer", "CLIPTokenizerFast": "CLIPTokeni
 EXTRACTOR = "feature_extractor"
 EXTRACTOR_CONFIG = "preprocessor_config.json"
 EXTRACTORS = ("CLIPImageProcessor", "CLIPFeatureExtractor")
+# Entries of transformers' configs that choose code: fetched from the hub, or of other packages.
+CHOOSES_CODE = re.compile(r"auto_map|trust_remote_code|implementation|quantization|compression")
+ADAPTER = "adapter_config.json"  # with which transformers would load a LoRA of PEFT's, unasked
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ def load_parts(
     read_ahead(local / name for name in wanted if name.endswith(".safetensors"))
     for part in parts:
         source = Source(str(local), subfolder=part.name, variant=variants.get(part.name))
-        loaded[part.name] = load_part(part, source, dtype)
+        with understood(f"the {part.name} of {local}"):
+            loaded[part.name] = load_part(part, source, dtype)
     return loaded
 
 
@@ -206,9 +210,13 @@ def image_processor() -> Any:
 def load_text_encoder(network: Any, source: Source, dtype: torch.dtype | None) -> nn.Module:
     """A transformers network. Raises CheckpointError where it would be left with random weights."""
     folder = str(source.folder())
+    for path in source.weights("model"):
+        with opened(path):
+            pass  # what transformers says of a damaged file does not name it
     with no_progress_bar():
         model, report = network.from_pretrained(
             folder,
+            config=text_config(network, source),
             variant=source.variant,
             use_safetensors=True,
             local_files_only=True,
@@ -220,6 +228,21 @@ def load_text_encoder(network: Any, source: Source, dtype: torch.dtype | None) -
             f"the first {missing[0]}"
         )
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+def text_config(network: Any, source: Source) -> Any:
+    """The config of a transformers network without what would choose code."""
+    if ADAPTER in source.names():
+        raise CheckpointError(
+            f"{source.folder()} holds {ADAPTER}, which is no part of a model; remove it, and load "
+            "a LoRA by load_lora_weights"
+        )
+    stored = source.read_json("config.json")
+    inner = stored.get(getattr(network.config_class, "base_config_key", ""))  # of a whole CLIP
+    stored = inner if isinstance(inner, dict) else stored
+    check_sizes(stored)
+    plain = {key: value for key, value in stored.items() if not CHOOSES_CODE.search(key)}
+    return network.config_class.from_dict(plain)
 
 
 @contextmanager

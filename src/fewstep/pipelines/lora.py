@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checkpoints.config import replacing
+from ..checkpoints.config import understood
 from ..checkpoints.locate import HOW_TO_CONVERT, Source
 from ..checkpoints.lora_formats import (
     CONFIG_KEY,
@@ -25,6 +24,7 @@ from ..checkpoints.lora_formats import (
     read_lora,
     refuse_other_family,
 )
+from ..checkpoints.weights import save_tensors
 from ..errors import CheckpointError, RequestError
 from ..models.lora import (
     Adapter,
@@ -106,7 +106,8 @@ class LoraLoader:
             path = find_lora(place, weight_name)
             tensors, config = read_lora(path)
             source = os.fspath(given) if weight_name is None else f"{place.path}/{weight_name}"
-        changes = self._changes(tensors, config, strict)
+        with understood(f"the LoRA {source or 'of tensors'}"):
+            changes = self._changes(tensors, config, strict)
         enabled = any(adapters.enabled for adapters in self._registries)
         others = [n for n in self.get_active_adapters() if enabled and n not in self.fused_loras]
         for network, found in changes.items():
@@ -387,10 +388,7 @@ class LoraLoader:
             metadata = {"format": "pt"}
             if config := dict(prefixed(configs)):
                 metadata[CONFIG_KEY] = json.dumps(config, indent=2, sort_keys=True, default=list)
-            with replacing(Path(save_directory) / (weight_name or WEIGHTS_NAME)) as beside:
-                save_file(
-                    {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, beside, metadata
-                )
+            save_tensors(tensors, Path(save_directory) / (weight_name or WEIGHTS_NAME), metadata)
 
     # ── the networks ──
 

@@ -94,10 +94,14 @@ def warn_of_cut_text(tokenizer: Any, prompts: Sequence[str], limit: int) -> None
 
 
 def check_prompt(name: str, prompt: Any) -> None:
-    """Raises RequestError unless `prompt` is a string or a list of at least one string."""
+    """Raises RequestError unless `prompt` is a text or a list of at least one text."""
     texts = prompt if isinstance(prompt, (list, tuple)) else [prompt]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise RequestError(f"{name} must be a string or a list of strings, got {prompt!r}")
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        raise RequestError(
+            f"{name} holds bytes or half characters that are no text; give UTF-8, got {prompt!r}"
+        )
 
 
 def check_embeds(name: str, embeds: Any) -> None:

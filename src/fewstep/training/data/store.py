@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ...checkpoints.config import read_json, replacing, write_json
+from ...checkpoints.locate import checksum
 from ...checkpoints.weights import read_tensors
 from ...errors import CheckpointError, RequestError
 
@@ -156,15 +157,6 @@ def is_whole(path: Path) -> bool:
         return False
     note(path)
     return True
-
-
-def checksum(path: Path) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def note(path: Path) -> None:
