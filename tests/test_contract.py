@@ -40,8 +40,9 @@ MAY_IMPORT = {
     "training": BELOW_PIPELINES | {"pipelines", "annotate", "fewstep"},
     "evaluation": BELOW_PIPELINES | {"pipelines", "training"},
     "bench": BELOW_PIPELINES | {"pipelines", "fewstep"},
+    "server": BELOW_PIPELINES | {"pipelines", "annotate", "metadata", "fewstep"},
     "cli": BELOW_PIPELINES
-    | {"pipelines", "utils", "annotate", "metadata", "training", "evaluation", "bench"}
+    | {"pipelines", "utils", "annotate", "metadata", "training", "evaluation", "bench", "server"}
     | {"fewstep"},
     "__main__": {"cli"},
 }

@@ -74,8 +74,13 @@ def parameters(prompt: str, negative: str | None, settings: Mapping[str, Any]) -
     return "\n".join([prompt, *([] if negative is None else [NEGATIVE + negative]), line])
 
 
+def lora_tag(name: str, weight: float) -> str:
+    """A LoRA as it stands in the web UI's prompts, without exponents, which it does not read."""
+    return f"<lora:{name}:{f'{weight:.6f}'.rstrip('0').rstrip('.')}>"
+
+
 def parsed_parameters(text: str) -> dict[str, Any]:
-    """The prompts and the settings of `parameters`, by the names that stand there."""
+    """The prompts, with LoRAs in them, and the settings of `parameters`, by their names there."""
     *lines, last = text.strip().split("\n")
     settings = {name.strip(): value.strip() for name, value in SETTING.findall(last)}
     if "Steps" not in settings:

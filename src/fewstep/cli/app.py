@@ -57,9 +57,12 @@ from .generate_options import (
 )
 from .making import making
 from .options import DeviceOption, ForceOption, Grouped, ModelOption, OutOption
+from .serve import serving
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 DEBUG = "--debug"
+# What the system says of a place that was given.
+NOT_THE_PROGRAMS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
 
 app = typer.Typer(
     name="fewstep",
@@ -121,6 +124,8 @@ def explained(error: Exception) -> tuple[str, int]:
         return "not enough memory; give a smaller --size, or --dtype float16", BAD_INPUT
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space left ({error}); free some space", BAD_INPUT
+    if isinstance(error, OSError) and error.errno in NOT_THE_PROGRAMS:
+        return f"{str(error.filename)[:200]}: {error.strerror}; give another place", BAD_INPUT
     return f"{type(error).__name__}: {error} (run again with {DEBUG} to see where)", FAILED
 
 
@@ -386,3 +391,4 @@ def info(
 app.add_typer(making)
 app.add_typer(evaluating)
 app.add_typer(benching)
+app.add_typer(serving)

@@ -103,10 +103,12 @@ class Record:
     columns: int = 1
     approximations: tuple[str, ...] = ()  # by their names; what is recorded here is drawn with them
     format: int = field(default=FORMAT)
+    is_served: bool = False  # read from a server's own record, which tells no places
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain values, without what a picture or the model has not."""
         plain = asdict(self)
+        del plain["is_served"]
         plain["pictures"] = [
             {key: value for key, value in picture.items() if value not in (None, ())}
             for picture in plain["pictures"]
@@ -141,6 +143,41 @@ def picture_of(stored: Mapping[str, Any]) -> Picture:
     return Picture(**found)
 
 
+def of_server(stored: Mapping[str, Any], file: Path) -> Record:
+    """The record of a picture of `fewstep serve`, which tells names and no places.
+
+    Raises RequestError for what only the server has, and as `from_dict` for what is no record.
+    """
+    if "passed" not in stored:
+        raise RequestError(
+            f"PICTURE {file}: was drawn by fewstep serve or by a program, and does not say all; "
+            "drop it into the studio, or give its settings to fewstep generate"
+        )
+    for name in ("mask", "control"):
+        if name in stored:
+            raise RequestError(
+                f"PICTURE {file}: was drawn with a {name} that was sent to fewstep serve, of which "
+                "its record holds the sha256 alone; send it to the server again"
+            )
+    image = {"image": {"path": "", **stored["image"]}} if "image" in stored else {}
+    asked = {**stored, **stored["passed"], **image}
+    names = ("prompt", "seed", "steps", "guidance_scale", "width", "height", "negative_prompt")
+    picture = picture_of({name: asked.get(name) for name in (*names, "strength", "image")})
+    loras = [Addition("lora", one["source"], float(one["weight"])) for one in stored["loras"]]
+    scheduler, name = dict(stored["scheduler_config"]), str(stored["model"])
+    model = Model(name, str(stored["pipeline"]), "", scheduler, additions=tuple(loras))
+    return Record(
+        model,
+        (picture,),
+        str(stored["device"]),
+        str(stored["dtype"]),
+        int(stored["threads"]),
+        dict(stored["versions"]),
+        approximations=tuple(stored["approximations"]),
+        is_served=True,
+    )
+
+
 def told(record: Record, suffix: str) -> dict[str, Any]:
     """What a file of that suffix says of itself, as keywords for PIL's `save`."""
     return metadata.kept(record.to_dict(), parameters(record), suffix)
@@ -168,10 +205,7 @@ def read_record(file: Path) -> Record:
     try:
         stored = json.loads(text)
         if "pictures" not in stored and "pipeline" in stored:
-            raise RequestError(
-                f"PICTURE {file}: was drawn by fewstep serve, which can draw it again; "
-                "drop it into the studio, or give its settings to fewstep generate"
-            )
+            return of_server(stored, file)
         if stored["format"] > FORMAT:
             raise RequestError(f"PICTURE {file}: was drawn by a newer fewstep; update fewstep")
         return Record.from_dict(stored)
@@ -192,7 +226,7 @@ def parameters(record: Record) -> str:
         "CFG scale": f"{first.guidance_scale:g}",
         "Seed": first.seed,
         "Size": f"{first.width}x{first.height}",
-        "Model hash": model.weights[:10],
+        "Model hash": model.weights[:10] or None,
         "Model": Path(model.id).name,
         "Denoising strength": first.strength,
         "Version": f"fewstep {record.versions['fewstep']}",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,18 @@ import torch
 
 from ..errors import RequestError
 from ..pipelines.approximations import quantization_in
+from ..pipelines.embedded import TEACHER
 from ..schedulers import scheduler_from_config
 from . import drawing
+from .additions import shipped
 from .drawing import Given, Loaded
 from .files import MOVING, STILL, plan_files, save, write_pictures
 from .record import Addition, Model, Picture, Record, Source, read_record, told
 from .terminal import Progress
+
+# Why a server's picture may differ.
+SERVED = "fewstep serve rounds otherwise while it draws others beside, unless --deterministic is on"
+LOSSY = "fewstep serve loses some of a picture in this format; only its PNG files can be compared"
 
 
 def repro(
@@ -38,6 +46,8 @@ def repro(
     machine. `out` is where the new picture goes.
     """
     record = read_record(file)
+    if record.is_served:
+        record = with_places(record, file, model, image)
     targets = (
         []
         if out is None
@@ -61,6 +71,8 @@ def repro(
         Progress(sum(picture.steps for picture in record.pictures)) as progress,
     ):
         drawn = loaded.draw(record, given, progress.advance)
+    if record.is_served:
+        record = replace(record, model=replace(loaded.model, scheduler=record.model.scheduler))
     for target in targets:
         write_pictures(drawn, target, told(record, target.suffix))
     again = BytesIO()
@@ -69,7 +81,45 @@ def repro(
     print(f"{verdict}: {file}" + (f"; drawn again as {targets[0]}" if targets else ""))
     if code and (changes := differences(record, loaded)):
         print(f"drawn with {changes}")
+    if code and record.is_served:
+        print(SERVED if file.suffix.lower() == ".png" else LOSSY)
     return code
+
+
+def with_places(record: Record, file: Path, model: str | None, image: str | None) -> Record:
+    """A server's record, which tells no places, with those where things are here.
+
+    Folders and files are looked for in this folder and beside `file`. Raises RequestError for
+    what is not there.
+    """
+    picture = record.pictures[0]
+    if picture.image is not None:
+        if image is None:
+            raise RequestError(
+                f"PICTURE {file}: was drawn from a picture that was sent to fewstep serve; "
+                "give it with --image"
+            )
+        picture = replace(picture, image=replace(picture.image, path=image))
+    additions = [
+        replace(each, id=place_of(each.id, "LoRA", file, "put it beside the picture"))
+        for each in record.model.additions
+    ]
+    id = model or place_of(record.model.id, "model", file, "give its folder with --model")
+    found = replace(record.model, id=id, additions=tuple(additions))
+    return replace(record, model=found, pictures=(picture,))
+
+
+def place_of(name: str, kind: str, file: Path, remedy: str) -> str:
+    """Where a name of a server's record leads: what is shipped, a repository, or what is here."""
+    is_here = os.path.exists(name) or shipped(name) != name
+    if is_here or "/" in name or name == TEACHER.name:
+        return name
+    if os.path.exists(beside := file.parent / name):
+        return str(beside)
+    raise RequestError(
+        f"PICTURE {file}: was drawn with the {kind} {name!r}, of which the server's record tells "
+        f"only the name; {remedy}"
+    )
 
 
 def suffixes_of(record: Record) -> Sequence[str]:
@@ -83,7 +133,7 @@ def check_weights(record: Record, loaded: Loaded, file: Path) -> None:
     wanted: list[Model | Addition] = [record.model, *record.model.additions]
     found: list[Model | Addition] = [loaded.model, *loaded.model.additions]
     for option, then, now in zip(options, wanted, found, strict=True):
-        if now.weights != then.weights:
+        if then.weights and now.weights != then.weights:  # a server does not tell them
             there = "give the original's folder with --model"
             remedy = there if now is loaded.model else "put the original there"
             raise RequestError(
@@ -170,5 +220,7 @@ def differences(record: Record, loaded: Loaded) -> str:
     now = {**drawing.versions(), "device": loaded.device}
     then = {**record.versions, "device": record.device}
     return ", ".join(
-        f"{name} {then.get(name)} (here {now[name]})" for name in now if then.get(name) != now[name]
+        f"{name} {then[name]} (here {now[name]})"
+        for name in now
+        if then.get(name, now[name]) != now[name]
     )

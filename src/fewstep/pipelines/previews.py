@@ -52,7 +52,11 @@ class PreviewCallback:
         return {}
 
     def pictures(self, pipe: Any, z0: Tensor) -> list[PIL.Image.Image]:
-        """The pictures of latents (B, C, h, w), or of a video's (B, C, F, h, w)."""
+        """The pictures of latents (B, C, h, w), or of a video's (B, C, F, h, w); flagged: black."""
+        return checked(pipe, self.decoded(pipe, z0))[0]
+
+    def decoded(self, pipe: Any, z0: Tensor) -> list[PIL.Image.Image]:
+        """The same, as no safety checker has seen them."""
         if self.vae is not None:
             check_vae(self.vae, pipe.unet)
             pipe = copy.copy(pipe)  # the same pipeline with another autoencoder
@@ -60,8 +64,7 @@ class PreviewCallback:
         if z0.ndim == 5:
             z0 = z0 if self.every_frame else z0[:, :, :1]
             z0 = z0.transpose(1, 2).flatten(0, 1)
-        decoded = [picture for part in z0.split(CHUNK) for picture in pipe.decode(part)]
-        return checked(pipe, decoded)[0]
+        return [picture for part in z0.split(CHUNK) for picture in pipe.decode(part)]
 
 
 def check_vae(vae: Any, unet: Any) -> None:

@@ -65,7 +65,8 @@ class StableDiffusionSafetyChecker(nn.Module):
         special = excess(self.special_care_embeds, self.special_care_embeds_weights)
         nearer = CARE * (special > 0).any(dim=1, keepdim=True)
         concepts = self.concept_embeds_weights - nearer
-        return (excess(self.concept_embeds, concepts) > 0).any(dim=1).tolist()
+        cleared = excess(self.concept_embeds, concepts) <= 0  # never where it is no number
+        return (~cleared.all(dim=1)).tolist()
 
     # ── files ──
 
@@ -128,19 +129,31 @@ def checked(pipe: Any, pictures: Any) -> tuple[Any, list[bool] | None]:
     Pictures are what `postprocess` gives: a list of PIL, an array (B, H, W, 3) or a tensor
     (B, 3, H, W).
     """
-    checker = pipe.safety_checker
-    if checker is None:
-        return pictures, None
-    seen = shown(pictures)
-    inputs = pipe.feature_extractor(seen, return_tensors="pt").pixel_values
-    flags = checker(inputs)
-    if not any(flags):
+    flags = flagged(pipe, pictures)
+    if flags is None or not any(flags):
         return pictures, flags
     warn_caller(
         f"the safety checker flagged {sum(flags)} of {len(flags)} pictures, which are black now; "
         "try another prompt or seed"
     )
     return blackened(pictures, flags), flags
+
+
+def flagged(pipe: Any, pictures: Any) -> list[bool] | None:
+    """Whether the checker objects to each picture; None without a checker.
+
+    Raises ValueError if it does not tell of each: what it has not seen is not shown.
+    """
+    checker = pipe.safety_checker
+    if checker is None:
+        return None
+    seen = shown(pictures)
+    flags = checker(pipe.feature_extractor(seen, return_tensors="pt").pixel_values)
+    if not isinstance(flags, list) or [flag in (True, False) for flag in flags] != [True] * len(
+        seen
+    ):
+        raise ValueError(f"the safety checker answered {flags!r} for {len(seen)} pictures")
+    return flags
 
 
 def shown(pictures: Any) -> list[PIL.Image.Image]:
