@@ -1,4 +1,4 @@
-"""The worker draws what pipelines of other families, and with ControlNets, draw, in shared steps."""
+"""The worker draws what pipelines of other families and with ControlNets do, in shared steps."""
 
 from __future__ import annotations
 
