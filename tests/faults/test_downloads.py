@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +25,8 @@ from safetensors.torch import save
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "model.safetensors"
 CONTENT = save({"w": torch.arange(50_000, dtype=torch.float32)})
+SUM = float(torch.arange(50_000, dtype=torch.float32).sum())
+MODES = ("whole", "reset", "ignored", "changed", "unmet", "wrong", "never")
 OTHER = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
 
 
@@ -29,6 +34,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """One file, sent as the repository's name asks: owner/MODE."""
 
     asked: ClassVar[dict[str, int]] = {}  # downloads of each repository
+    halved, may_end = threading.Event(), threading.Event()  # of owner/hangs, which stops midway
 
     def do_HEAD(self) -> None:
         self.answer()
@@ -54,9 +60,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         headers = {"ETag": f'"{hashlib.sha256(named).hexdigest()}"', "X-Repo-Commit": COMMIT}
         if mode == "ignored":
             begin = 0
+        if mode == "unmet" and begin:
+            return self.send(b"", {"Content-Range": f"bytes */{len(content)}"}, 416)
         if begin:
             headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
-        breaks = mode == "never" or (mode in ("reset", "ignored", "changed") and turn == 1)
+        breaks = mode == "never" or (
+            mode in ("reset", "ignored", "changed", "unmet", "hangs") and turn == 1
+        )
         self.send(content[begin:], headers, 206 if begin else 200, breaks)
 
     def send(
@@ -68,6 +78,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content[: len(content) // 2] if breaks else content)
+            if breaks and "/hangs/" in self.path:
+                self.halved.set()
+                self.may_end.wait(30)
         self.close_connection = True
 
     def log_message(self, *arguments: object) -> None:
@@ -103,11 +116,15 @@ print(json.dumps(told))
 """
 
 
+def variables(hub: str, home: Path) -> dict[str, str]:
+    """What makes a process fetch from here."""
+    where = {"HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+    return where | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
 def fetched(hub: str, home: Path, *modes: str) -> dict[str, list[Any]]:
     """What two tries at each repository came to: the sum of the numbers, or the error."""
-    variables = {"HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-    plain = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}
-    done = python("-c", FETCH, *modes, **variables, **plain)
+    done = python("-c", FETCH, *modes, **variables(hub, home))
     assert done.returncode == 0, done.stderr
     found: dict[str, list[Any]] = json.loads(done.stdout)
     return found
@@ -116,11 +133,11 @@ def fetched(hub: str, home: Path, *modes: str) -> dict[str, list[Any]]:
 def test_no_interruption_and_no_other_bytes_make_a_file_that_is_loaded(
     hub: str, tmp_path: Path
 ) -> None:
-    """Case 18: resets, a Range that is ignored, a changed ETag, a wrong sha256."""
-    told = fetched(hub, tmp_path, "whole", "reset", "ignored", "changed", "wrong", "never")
-    right = float(torch.arange(50_000, dtype=torch.float32).sum())
+    """Case 18: resets, a Range that is ignored or unmet (416), a changed ETag, a wrong sha256."""
+    told = fetched(hub, tmp_path, *MODES)
+    right = SUM
     assert told["whole"] == [right, right]
-    for mode in ("reset", "ignored", "changed"):
+    for mode in ("reset", "ignored", "changed", "unmet"):
         assert told[mode][1] == right
         refused = any(said in str(told[mode][0]) for said in ("could not be fetched", "try again"))
         assert told[mode][0] == right or refused
@@ -130,3 +147,18 @@ def test_no_interruption_and_no_other_bytes_make_a_file_that_is_loaded(
         assert "could not be fetched" in error
     kept = [path for path in tmp_path.rglob("blobs/*") if len(path.name) == 64]
     assert {path.read_bytes() for path in kept} == {CONTENT}
+
+
+def test_what_a_killed_download_left_is_no_file_and_the_next_one_goes_on(
+    hub: str, tmp_path: Path
+) -> None:
+    """Case 18: kill -9 amid a download."""
+    environment = os.environ | variables(hub, tmp_path)
+    with subprocess.Popen([sys.executable, "-c", FETCH, "hangs"], env=environment) as killed:
+        try:
+            assert Hub.halved.wait(60)
+        finally:
+            killed.kill()
+    Hub.may_end.set()
+    assert [path for path in tmp_path.rglob("blobs/*") if len(path.name) == 64] == []
+    assert fetched(hub, tmp_path, "hangs")["hangs"] == [SUM, SUM]

@@ -89,7 +89,7 @@ def test_who_leaves_is_forgotten_within_a_step(
     # Of the last, which had up to 50 steps to go, and of a few before it.
     assert after.rows - rows < 100
     until(lambda: tasks_of(real) <= tasks)
-    until(lambda: threading.active_count() <= threads + 1)
+    until(lambda: threading.active_count() <= threads + 4)  # pools begin theirs when they will
     gc.collect()
     assert resident() - before < 48 * MEBI
     answer = httpx.get(f"{real.address}/ready").json()

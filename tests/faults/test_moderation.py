@@ -123,12 +123,18 @@ def test_what_the_checker_does_not_clear_is_not_shown_and_the_others_are(
     assert {answer.status_code for answer in (first, *others)} == {200}
 
 
+def delivering() -> list[threading.Thread]:
+    """The threads that look at pictures and hand them over."""
+    return [thread for thread in threading.enumerate() if thread.name == "fewstep-delivery"]
+
+
 def test_a_checker_that_hangs_costs_its_own_picture_a_bounded_time(
     served: tuple[Served, PipelineWorker], looking: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Case 24: that one fails, those beside it are drawn, and the next is too."""
-    monkeypatch.setattr(delivery, "LOOKING", 0.4)
-    threads, released = threading.active_count(), threading.Event()
+    monkeypatch.setattr(delivery, "LOOKING", 1.0)
+    assert drawn(served[0], prompt="a dog", steps=1)  # so that its thread has begun
+    threads, released = len(delivering()), threading.Event()
     looking(lambda _: [not released.wait(30)])
     try:
         first, bad, *others = asyncio.run(asyncio.wait_for(answers_of(served[0].address), 20))
@@ -138,7 +144,7 @@ def test_a_checker_that_hangs_costs_its_own_picture_a_bounded_time(
         before = served[1].load()
     finally:
         released.set()
-    until(lambda: threading.active_count() <= threads)
+    until(lambda: len(delivering()) <= threads)
     assert served[1].load().drawn == before.drawn  # what comes too late counts for nothing
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from bad_files import python
+from server.asked import Served
 
 from fewstep import DiffusionPipeline, RequestError
 
@@ -108,3 +112,18 @@ def test_a_prompt_of_no_text_is_refused_by_name(pipe: Any) -> None:
     """Case 25: bytes that are no UTF-8, as a locale of ASCII hands them over."""
     with pytest.raises(RequestError, match=r"prompt holds bytes .* no text"):
         pipe(os.fsdecode(b"a \xff"), **PICTURE)
+
+
+def test_a_clock_that_is_set_back_or_forth_ends_no_picture_and_no_address(
+    real: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Case 25: deadlines, rates and what is kept for a while go by a clock that nobody sets."""
+    clock, jumps = time.time, itertools.cycle((-1e8, 1e8, 0.0))
+    asked = {"prompt": "a cat", "response_format": "url"}
+    with httpx.Client(base_url=real.address, timeout=30) as client:
+        monkeypatch.setattr(time, "time", lambda: clock() + next(jumps))
+        answer = client.post("/v1/images/generations", json=asked)
+        assert answer.status_code == 200
+        assert client.get(answer.json()["data"][0]["url"]).status_code == 200
+        plain = client.post("/v1/generate", json={"prompt": "a cat", "seconds": 20.0})
+        assert "event: picture" in plain.text
