@@ -9,6 +9,7 @@ from typing import Any
 import PIL.Image
 import pytest
 from PIL.PngImagePlugin import PngInfo
+from records import png_text
 
 from fewstep.cli.record import (
     FORMAT,
@@ -18,7 +19,6 @@ from fewstep.cli.record import (
     Record,
     Source,
     parameters,
-    png_text,
     read_record,
     told,
 )

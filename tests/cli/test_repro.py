@@ -8,8 +8,9 @@ import numpy as np
 import PIL.Image
 import pytest
 from PIL.PngImagePlugin import PngInfo
+from records import png_text
 
-from fewstep.cli.record import png_text, read_record
+from fewstep.cli.record import read_record
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -168,7 +168,7 @@ def skip_without_ray() -> None:
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Any]:
     skip_without_ray()
-    from fewstep.server.ray_app import RayWorker
+    from fewstep.server.ray_worker import RayWorker
 
     made = RayWorker(EMBEDDED.name, LIMITS, replicas=2, threads=1, max_batch=2, picture_bytes=0)
     with pytest.raises(ServerError, match="still loading"):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
-from PIL.PngImagePlugin import PngInfo
 
 from .. import metadata
 from ..errors import RequestError
@@ -181,11 +180,6 @@ def of_server(stored: Mapping[str, Any], file: Path) -> Record:
 def told(record: Record, suffix: str) -> dict[str, Any]:
     """What a file of that suffix says of itself, as keywords for PIL's `save`."""
     return metadata.kept(record.to_dict(), parameters(record), suffix)
-
-
-def png_text(record: Record) -> PngInfo:
-    """The text chunks that a PNG file of `record` carries."""
-    return metadata.png_info(record.to_dict(), parameters(record))
 
 
 def read_record(file: Path) -> Record:

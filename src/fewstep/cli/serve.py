@@ -239,7 +239,7 @@ def load_and_serve(
         from ..server.worker import PipelineWorker
         from .drawing import quiet_transformers, resolve_device, resolve_dtype
     quiet_transformers()
-    for part in ("worker", "ray_app"):
+    for part in ("worker", "ray_worker"):
         logging.getLogger(f"fewstep.server.{part}").addFilter(is_unexpected)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -249,7 +249,7 @@ def load_and_serve(
         numbers = resolve_dtype(precision, chosen)
         worker: Any = PipelineWorker(name, limits, dtype=numbers, device=chosen, **choices)
     else:
-        from ..server.ray_app import RayWorker
+        from ..server.ray_worker import RayWorker
 
         given: dict[str, Any] = {"device": device, "threads": threads}
         given["dtype"] = None if precision == "auto" else precision
